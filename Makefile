@@ -1,0 +1,41 @@
+# `make help` lists the targets. Settings: make pretrain DATASET=kinetics700 PRESET=paper WORKERS=16
+PYTHON  ?= python3
+VENV    ?= .venv
+WORKERS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+BIN     := $(VENV)/bin
+READY   := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install test test-slow lint demo bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+
+install: $(READY)  ## make .venv and install both packages into it
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+test: $(READY)  ## run the tests (under 10 minutes on 2 cores)
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## run the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+demo: $(READY)  ## make the demo dataset, build its shards, draw a contact sheet
+	$(BIN)/avprep build --dataset demo --split all --workers $(WORKERS)
+	$(BIN)/avprep info shards/demo
+	$(BIN)/avprep preview shards/demo/train -o shards/demo/preview.png
+
+bench: $(READY)  ## run the benchmarks
+	$(BIN)/python -m benchmarks
+
+clean:  ## remove .venv and caches (shards and data stay)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
