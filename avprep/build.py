@@ -1,0 +1,211 @@
+"""Raw videos to shards: plan -> clips -> tars -> index and report."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from avprep.account import SplitReport, account, reason_of, write_index
+from avprep.clips import Clip, Window, make_clip, windows
+from avprep.datasets import DATASETS
+from avprep.datasets.source import Source
+from avprep.errors import AvprepError, SourceFailed
+from avprep.executors import EXECUTORS
+from avprep.media import Media
+from avprep.plan import ProbeCache, ShardTask, probe_source, shard_tasks, shuffled_rank
+from avprep.progress import progress
+from avprep.shards import INDEX, ShardWriter, write_whole
+from avprep.spec import ClipSpec
+
+_PROBE_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What `avprep build` was asked for. `limit`: at most so many sources a split; None: all."""
+
+    dataset: str
+    raw: Path
+    out: Path
+    spec: ClipSpec
+    workers: int
+    shard_bytes: int
+    timeout_s: float
+    limit: int | None = None
+    force: bool = False
+    executor: str = "local"
+
+
+def check_raw(dataset: str, raw: Path) -> None:
+    """Refuse a raw folder that is not there.
+
+    Raises:
+        AvprepError: says what was looked for, where to get it, how to lay it out, and what needs nothing.
+    """
+    if not raw.is_dir():
+        known = DATASETS[dataset]
+        raise AvprepError(f"no folder {raw} with the raw files of {dataset} (--raw). Get them: {known.origin}. "
+                          f"Lay them out: {known.layout}. To try without any download: avprep build --dataset demo")
+
+
+def choose_splits(dataset: str, raw: Path, split: str) -> list[str]:
+    """The splits that `--split` names: one, or all that are there.
+
+    Raises:
+        AvprepError: the dataset has no such split.
+    """
+    there = DATASETS[dataset].splits(raw)
+    if split != "all":
+        if there and split not in there:
+            raise AvprepError(f"--split {split}: {dataset} in {raw} has {', '.join(there)}; or say --split all")
+        return [split]
+    if not there:
+        raise AvprepError(f"no split of {dataset} found in {raw}. Lay it out: {DATASETS[dataset].layout}")
+    return list(there)
+
+
+def build_split(options: BuildOptions, split: str) -> SplitReport:
+    """Build one split into `OUT/DATASET/SPLIT/`, doing only what an earlier run left undone.
+
+    Raises:
+        AvprepError: nothing to build, or the folder is in use by another build.
+    """
+    started = time.monotonic()
+    listing = DATASETS[options.dataset].find(options.raw, split)
+    sources = sorted(listing.sources, key=lambda source: shuffled_rank(source.key))[: options.limit]
+    if not sources:
+        skipped = Counter(reason for _, reason in listing.skipped)
+        looked = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "the folder holds none"
+        raise AvprepError(f"no media files of {options.dataset} {split} in {options.raw} ({looked}). "
+                          f"Lay them out: {DATASETS[options.dataset].layout}")
+    folder = options.out / options.dataset / split
+    state = folder / ".build"
+    with _only_builder(state):
+        if options.force:
+            for path in [folder / INDEX, *state.glob(f"{split}-*.json"), state / "probes.jsonl"]:
+                path.unlink(missing_ok=True)
+        media = _probe_all(sources, state, options)
+        tasks = shard_tasks((window for source, found in zip(sources, media, strict=True) if isinstance(found, Media)
+                             for window in windows(source, found, options.spec)),
+                            options.spec, options.dataset, split, options.shard_bytes)
+        markers = {task.number: marker for task in tasks if (marker := _marker_if_done(folder, split, task))}
+        todo = [task for task in tasks if task.number not in markers]
+        if todo:
+            (folder / INDEX).unlink(missing_ok=True)  # it would not fit the shards for a while
+            for task, marker in _write_shards(todo, folder, split, options):
+                markers[task.number] = marker
+        _remove_stale(folder, split, {task.number for task in tasks})
+        done = [markers[task.number] for task in tasks]
+        report = account(folder, sources, media, listing, done)
+        write_index(folder, options.dataset, split, options.spec, listing, done, report)
+    report.new_clips_s = sum(clip["length_s"] for task in todo for clip in markers[task.number]["clips"])
+    report.elapsed_s = time.monotonic() - started
+    return report
+
+
+@contextmanager
+def _only_builder(state: Path) -> Iterator[None]:
+    """Hold the folder's lock; the system releases it however this process ends."""
+    state.mkdir(parents=True, exist_ok=True)
+    with (state / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise AvprepError(f"another avprep build is writing to {state.parent}: wait for it, or stop it") from error
+        shutil.rmtree(state / "scratch", ignore_errors=True)
+        (state / "scratch").mkdir()
+        for part in [*state.glob("*.part"), *state.parent.glob("*.part")]:
+            part.unlink()
+        yield
+        shutil.rmtree(state / "scratch")
+
+
+def _probe_all(sources: list[Source], state: Path, options: BuildOptions) -> list[Media | SourceFailed]:
+    cache = ProbeCache(state / "probes.jsonl")
+    found: list[Media | SourceFailed | None] = [cache.get(source) for source in sources]
+    unknown = [number for number, media in enumerate(found) if media is None]
+    run = EXECUTORS[options.executor]
+    results = progress(run(probe_source, (sources[number] for number in unknown), options.workers), "probe", "file",
+                       len(unknown))
+    fresh: list[tuple[Source, Media]] = []
+    try:
+        for number, result in zip(unknown, results, strict=True):
+            found[number] = result
+            if isinstance(result, Media):
+                fresh.append((sources[number], result))
+            if len(fresh) == _PROBE_BATCH:
+                cache.add(fresh)
+                fresh = []
+    finally:
+        cache.add(fresh)
+    return [media for media in found if media is not None]
+
+
+def _make(window: Window, spec: ClipSpec, dataset: str, split: str, scratch: Path,
+          timeout_s: float) -> Clip | SourceFailed:
+    try:
+        return make_clip(window, spec, dataset, split, scratch / f"{window.key}.mp4", timeout_s)
+    except SourceFailed as failure:
+        return failure
+
+
+def _write_shards(tasks: list[ShardTask], folder: Path, split: str,
+                  options: BuildOptions) -> Iterator[tuple[ShardTask, dict[str, Any]]]:
+    """Make the clips of all these shards in one stream, and cut the stream into tars."""
+    make = partial(_make, spec=options.spec, dataset=options.dataset, split=split,
+                   scratch=folder / ".build" / "scratch", timeout_s=options.timeout_s)
+    todo = [window for task in tasks for window in task.windows]
+    results = progress(EXECUTORS[options.executor](make, todo, options.workers), f"build {split}", "clip", len(todo))
+    for task in tasks:
+        entries: list[dict[str, Any]] = []
+        failures: list[dict[str, Any]] = []
+        with ShardWriter(folder / f"{split}-{task.number:06d}.tar") as writer:
+            for window, result in zip(task.windows, results, strict=False):
+                if isinstance(result, SourceFailed):
+                    failures.append({"source": window.source.key, "path": window.source.name, **reason_of(result)})
+                else:
+                    writer.add(result)
+                    entries.append({"source": window.source.key, "labels": result.info["labels"],
+                                    "length_s": round(result.info["end_s"] - window.start_s, 4),
+                                    "missing": result.info["missing"]})
+            shard = writer.finish() if entries else None
+        marker = {"fingerprint": task.fingerprint, "shard": shard, "clips": entries, "failures": failures}
+        write_whole(_marker_path(folder, split, task.number), json.dumps(marker))
+        yield task, marker
+    next(results, None)  # lets the progress bar end at its total
+
+
+def _marker_path(folder: Path, split: str, number: int) -> Path:
+    return folder / ".build" / f"{split}-{number:06d}.json"
+
+
+def _marker_if_done(folder: Path, split: str, task: ShardTask) -> dict[str, Any] | None:
+    """The marker that is written after a shard, if it is of this very task and the shard is still there."""
+    try:
+        marker: dict[str, Any] = json.loads(_marker_path(folder, split, task.number).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if marker["fingerprint"] != task.fingerprint:
+        return None
+    shard = marker["shard"]
+    path = folder / shard["url"] if shard else None
+    if path and not (path.is_file() and path.stat().st_size == shard["filesize"]):
+        return None
+    return marker
+
+
+def _remove_stale(folder: Path, split: str, numbers: set[int]) -> None:
+    """Shards of an earlier plan that had more of them would be read along by whoever globs."""
+    for marker in (folder / ".build").glob(f"{split}-*.json"):
+        if int(marker.stem.rpartition("-")[2]) not in numbers:
+            (folder / f"{marker.stem}.tar").unlink(missing_ok=True)
+            marker.unlink()

@@ -1,0 +1,197 @@
+"""The `avprep` command: parses, calls, prints. Heavy imports stay inside the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from avprep import __version__
+from avprep.errors import AvprepError
+from avprep.spec import ClipSpec
+
+if TYPE_CHECKING:
+    from avprep.account import SplitReport
+
+_SPEC = ClipSpec()
+_CONTEXT = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "AVPREP", "show_default": True}
+
+
+class _Commands(click.Group):
+    """Turns what is meant for people into one line and an exit code."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except AvprepError as error:
+            raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise click.ClickException(f"{error.filename or 'system'}: {error.strerror or error}") from error
+        except KeyboardInterrupt:
+            click.echo("\ninterrupted: finished shards stay; run the same command again to go on", err=True)
+            raise click.exceptions.Exit(130) from None
+
+
+@click.group(cls=_Commands, context_settings=_CONTEXT)
+@click.version_option(__version__)
+def main() -> None:
+    """Raw videos to WebDataset shards of 30-s clips with log-mel spectrograms.
+
+    Every option can also be set as AVPREP_COMMAND_OPTION, for example AVPREP_BUILD_WORKERS=8.
+    """
+
+
+def _dataset_names() -> list[str]:
+    from avprep.datasets import DATASETS
+
+    return list(DATASETS)
+
+
+class _DatasetName(click.ParamType[str]):
+    """A choice that imports the table of datasets only when it is needed."""
+
+    name = "name"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> str:
+        return str(click.Choice(_dataset_names()).convert(value, param, context))
+
+
+@main.command()
+@click.option("--split", default="train", help="A split of the dataset, or all.")
+@click.option("--dataset", type=_DatasetName(), default="kinetics700",
+              help="kinetics700/600/400, kinetics-sounds, audioset, ucf101, esc50, esc10, charades, folder or demo.")
+@click.option("--raw", type=click.Path(path_type=Path), help="Folder of raw files.  [default: data/DATASET]")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("shards"),
+              help="Shards go to OUT/DATASET/SPLIT.")
+@click.option("--workers", type=click.IntRange(1), default=os.cpu_count() or 1, show_default="all cores",
+              help="Clips made at the same time.")
+@click.option("--executor", type=click.Choice(["local", "ray"]), default="local", help="Where clips are made.")
+@click.option("--limit", type=click.IntRange(1), help="At most so many source files a split.")
+@click.option("--force", is_flag=True, help="Build anew what is already there.")
+@click.option("--shard-mb", type=click.FloatRange(0.001), default=256.0, help="Size of a shard, about.")
+@click.option("--timeout", type=click.FloatRange(0.01), default=600.0, help="Seconds that one clip may take.")
+@click.option("--fps", type=int, default=_SPEC.fps, help="Frames per second of the clips.")
+@click.option("--frames", type=int, default=_SPEC.frames, help="Frames of a full clip.")
+@click.option("--segment-frames", type=int, default=_SPEC.segment_frames, help="Frames of a segment.")
+@click.option("--short-side", type=int, default=_SPEC.short_side, help="Pixels; smaller pictures stay.")
+@click.option("--crf", type=int, default=_SPEC.crf, help="H.264 quality, 0 (lossless) to 51.")
+def build(split: str, dataset: str, raw: Path | None, out: Path, workers: int, executor: str, limit: int | None,
+          force: bool, shard_mb: float, timeout: float, **spec: int) -> None:
+    """Turn a dataset's raw files into shards; run again to go on after an interruption."""
+    from avprep.build import BuildOptions, build_split, check_raw, choose_splits
+
+    raw = raw or Path("data") / dataset
+    options = BuildOptions(dataset, raw, out, ClipSpec(**spec), workers, int(shard_mb * 1e6), timeout, limit, force,
+                           executor)
+    if dataset == "demo" and not raw.exists():
+        from avprep.demo import make_demo
+
+        click.echo(f"making the demo dataset in {raw}")
+        make_demo(raw, workers)
+    check_raw(dataset, raw)
+    clips = 0
+    for name in choose_splits(dataset, raw, split):
+        report = build_split(options, name)
+        clips += report.clips
+        _print_report(f"{dataset} {name}", report)
+    if clips == 0:
+        raise click.ClickException("not one clip could be written: see failures.jsonl in the folder above")
+
+
+def _print_report(title: str, report: SplitReport) -> None:
+    def by_reason(counts: dict[str, int]) -> str:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+        return f"{sum(counts.values())}" + (f" ({reasons})" if reasons else "")
+
+    click.echo(f"{title}: {report.found} files found = {report.written} written + {by_reason(report.skipped)} skipped "
+               f"+ {by_reason(report.failed)} failed")
+    click.echo(f"  {report.clips} clips, {report.clips_s / 3600:.2f} h, {report.bytes / 1e6:.1f} MB in {report.shards} "
+               f"shards")
+    if report.new_clips_s:
+        click.echo(f"  {report.elapsed_s:.1f} s: {report.new_clips_s / report.elapsed_s:.0f} seconds of video a second")
+    else:
+        click.echo("  all shards were there already (--force builds anew)")
+    click.echo(f"  {report.folder}/index.json" + (f", {report.folder}/failures.jsonl" if report.failed else ""))
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("data/demo"),
+              help="Where the videos go, as SPLIT/CLASS/*.mp4.")
+@click.option("--train", type=click.IntRange(1), default=200, help="Videos of the train split.")
+@click.option("--test", type=click.IntRange(1), default=100, help="Videos of the test split.")
+@click.option("--seed", type=int, default=0, help="Another seed gives other videos.")
+@click.option("--workers", type=click.IntRange(1), default=os.cpu_count() or 1, show_default="all cores",
+              help="Videos made at the same time.")
+def demo(out: Path, train: int, test: int, seed: int, workers: int) -> None:
+    """Make the small synthetic audio-visual dataset, as ordinary mp4 files."""
+    from avprep.demo import make_demo
+
+    if out.exists() and any(out.iterdir()):
+        raise AvprepError(f"{out} is not empty: delete it first, or choose another folder with --out")
+    make_demo(out, workers, {"train": train, "test": test}, seed)
+    click.echo(f"{train + test} videos of 30 s in {out}; next: avprep build --dataset demo --split all --raw {out}")
+
+
+@main.command()
+@click.argument("shards", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the indexes' counts as JSON.")
+def info(shards: Path, as_json: bool) -> None:
+    """Say what a folder of shards holds: spec, counts, hours, bytes, labels, what is missing."""
+    from avprep.shards import find_indexes, read_index
+
+    for path in find_indexes(shards):
+        index = read_index(path)
+        if as_json:
+            click.echo(json.dumps({"index": str(path), "spec": index["spec"], **index["counts"]}))
+        else:
+            _print_index(path, index)
+
+
+def _print_index(path: Path, index: dict[str, Any]) -> None:
+    counts, spec = index["counts"], index["spec"]
+    click.echo(f"{path}  (format {index['format_version']}, {index['dataset']} {index['split']})")
+    click.echo(f"  clips    {counts['clips']} in {len(index['shardlist'])} shards, {counts['seconds'] / 3600:.2f} h, "
+               f"{counts['bytes'] / 1e6:.1f} MB; {counts['without_sound']} without sound, "
+               f"{counts['without_picture']} without picture")
+    click.echo(f"  sources  {counts['sources_found']} found, {counts['sources_written']} written, "
+               f"{sum(counts['sources_skipped'].values())} skipped, {sum(counts['sources_failed'].values())} failed")
+    click.echo("  spec     " + ", ".join(f"{name} {value}" for name, value in spec.items()))
+    most = max(counts["clips_per_class"], default=0)
+    width = max((len(name) for name in index["classes"]), default=0)
+    for name, count in zip(index["classes"], counts["clips_per_class"], strict=True):
+        click.echo(f"  {name:<{width}}  {count:>7}  {'█' * round(30 * count / most) if most else ''}")
+
+
+@main.command()
+@click.argument("shards", type=click.Path(path_type=Path))
+def verify(shards: Path) -> None:
+    """Check shards against their index: checksums, counts, and that every clip can be decoded."""
+    from avprep.shards import find_indexes
+    from avprep.verify import problems_of
+
+    found = 0
+    for path in find_indexes(shards):
+        for problem in problems_of(path):
+            click.echo(problem)
+            found += 1
+        click.echo(f"{path}: checked")
+    if found:
+        raise click.ClickException(f"{found} problem(s): delete the bad shards and run `avprep build` again")
+
+
+@main.command()
+@click.argument("shards", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("sheet.png"),
+              help="The picture to write.")
+@click.option("--clips", type=click.IntRange(1, 50), default=8, help="Clips to show.")
+def preview(shards: Path, output: Path, clips: int) -> None:
+    """Draw a contact sheet: frames across each clip over its log-mel, with labels and time axis."""
+    from avprep.preview import contact_sheet
+
+    shown = contact_sheet(shards, output, clips)
+    click.echo(f"{shown} clips drawn in {output}")

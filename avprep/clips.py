@@ -1,0 +1,123 @@
+"""Source -> clips: which windows a file gives, and what is stored of one."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from avprep.datasets.source import Source
+from avprep.logmel import log_mel
+from avprep.media import Media, check_length, cut_clip
+from avprep.spec import ClipSpec
+
+
+@dataclass(frozen=True)
+class Window:
+    """One clip to be made.
+
+    Attributes:
+        key: the sample's key in the shard: the source's, and the clip's number within it.
+        source: the file.
+        media: what it holds.
+        start_s: where the clip starts in the file.
+        length_s: how long it is at most; less than a full clip at the end of a file.
+    """
+
+    key: str
+    source: Source
+    media: Media
+    start_s: float
+    length_s: float
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One sample of a shard: its key, the bytes of its members by ending, and the content of its `.json`."""
+
+    key: str
+    members: dict[str, bytes]
+    info: dict[str, Any]
+
+
+def windows(source: Source, media: Media, spec: ClipSpec) -> list[Window]:
+    """The clips that a file gives.
+
+    A file with an annotated moment gives the one full clip around it. Any other gives consecutive full clips, the
+    last of them shorter, and kept if it has at least one segment; a file shorter than a segment gives one clip too.
+    """
+    starts = [_start_around(source.moment_s, media.length_s, spec)] if source.moment_s else [
+        number * spec.clip_s for number in range(int(media.length_s // spec.clip_s) + 1)]
+    return [Window(f"{source.key}-{number:04d}", source, media, start_s, min(spec.clip_s, media.length_s - start_s))
+            for number, start_s in enumerate(starts)
+            if number == 0 or media.length_s - start_s >= spec.segment_s]
+
+
+def _start_around(moment_s: tuple[float, float], length_s: float, spec: ClipSpec) -> float:
+    if moment_s[0] >= length_s:  # the file holds the moment alone: it was trimmed, whatever its name says
+        return 0.0
+    centred = (moment_s[0] + moment_s[1] - spec.clip_s) / 2
+    return round(max(0.0, min(centred, length_s - spec.clip_s)), 3)
+
+
+def make_clip(window: Window, spec: ClipSpec, dataset: str, split: str, scratch: Path, timeout_s: float) -> Clip:
+    """Cut one clip out of its file.
+
+    Members: `mp4` (H.264, silent, a keyframe at each segment's start) unless the file has no pictures there,
+    `logmel.npy` (mel_bands, frames) float16 unless it has no sound there, and `json`.
+
+    Raises:
+        SourceFailed: the file could not be decoded as far as it promised.
+    """
+    path, media = window.source.path, window.media
+    mp4, waveform = cut_clip(path, media, window.start_s, window.length_s, spec, scratch, timeout_s)
+    frames, width, height = _count_frames(mp4) if mp4 else (0, 0, 0)
+    sound_s = len(waveform) / spec.sample_rate_hz if waveform is not None else 0.0
+    check_length(frames / spec.fps, sound_s, window.length_s)
+    members: dict[str, bytes] = {}
+    if mp4 and frames:
+        members["mp4"] = mp4
+    mel_frames = 0
+    if waveform is not None:
+        spectrogram = log_mel(waveform, spec).astype(np.float16)
+        mel_frames = spectrogram.shape[1]
+        members["logmel.npy"] = _npy(spectrogram)
+    info = {
+        "key": window.key, "dataset": dataset, "split": split, "source": window.source.name,
+        "labels": list(window.source.labels), "start_s": window.start_s,
+        "end_s": round(window.start_s + max(frames / spec.fps, sound_s), 4),
+        "frames": frames, "width": width, "height": height, "sound_s": round(sound_s, 4), "mel_frames": mel_frames,
+        "missing": [name for name, there in (("picture", frames), ("sound", mel_frames)) if not there],
+        "spec": spec.to_json()}
+    if window.source.label_times_s is not None:
+        info |= _labels_inside(window.source.labels, window.source.label_times_s, info["start_s"], info["end_s"])
+    members["json"] = json.dumps(info, ensure_ascii=False, sort_keys=True).encode()
+    return Clip(window.key, members, info)
+
+
+def _labels_inside(labels: tuple[int, ...], times_s: tuple[tuple[float, float], ...], start_s: float,
+                   end_s: float) -> dict[str, Any]:
+    """The labels whose time overlaps the clip; their times count from the clip's start."""
+    inside = [(label, [round(first - start_s, 3), round(last - start_s, 3)])
+              for label, (first, last) in zip(labels, times_s, strict=True) if first < end_s and last > start_s]
+    return {"labels": [label for label, _ in inside], "label_times_s": [times for _, times in inside]}
+
+
+def _count_frames(mp4: bytes) -> tuple[int, int, int]:
+    """(frames, width, height) of a video of our own, from its packets."""
+    with av.open(io.BytesIO(mp4)) as container:
+        if not container.streams.video:
+            return 0, 0, 0
+        stream = container.streams.video[0]
+        return sum(1 for packet in container.demux(stream) if packet.size), stream.width, stream.height
+
+
+def _npy(array: np.ndarray[Any, Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()

@@ -1,0 +1,40 @@
+"""What can go wrong, in words a user can act on."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class AvprepError(Exception):
+    """A problem that ends the command: one line saying what is wrong and what to do."""
+
+
+class Reason(str, Enum):
+    """Why one source could not be written. The value stands in `failures.jsonl` and in the summary."""
+
+    EMPTY = "empty file"
+    UNREADABLE = "not a readable media file"
+    NO_STREAMS = "neither picture nor sound"
+    NO_LENGTH = "zero length"
+    TRUNCATED = "truncated"
+    CORRUPT = "corrupt stream"
+    TIMEOUT = "time-out"
+
+
+class SourceFailed(Exception):
+    """One source, or one clip of it, can't be used; the run goes on.
+
+    Args:
+        stage: "probe" or "decode".
+        reason: the kind of failure.
+        detail: one line with the particulars.
+    """
+
+    def __init__(self, stage: str, reason: Reason, detail: str = "") -> None:
+        super().__init__(stage, reason, detail)
+        self.stage = stage
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.reason.value}" + (f" ({self.detail})" if self.detail else "")
