@@ -16,6 +16,10 @@ from avprep.spec import ClipSpec
 if TYPE_CHECKING:
     from avprep.account import SplitReport
 
+# Every worker is a thread that computes a log-mel now and then: BLAS threads of their own only get in the way.
+# Read when numpy is first imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 _SPEC = ClipSpec()
 _CONTEXT = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "AVPREP", "show_default": True}
 
@@ -46,24 +50,15 @@ def main() -> None:
     """
 
 
-def _dataset_names() -> list[str]:
-    from avprep.datasets import DATASETS
+def _known_dataset(context: click.Context, param: click.Parameter, value: str) -> str:
+    from avprep.datasets import DATASETS  # only when it is needed: `avprep --help` stays quick
 
-    return list(DATASETS)
-
-
-class _DatasetName(click.ParamType[str]):
-    """A choice that imports the table of datasets only when it is needed."""
-
-    name = "name"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> str:
-        return str(click.Choice(_dataset_names()).convert(value, param, context))
+    return str(click.Choice(list(DATASETS)).convert(value, param, context))
 
 
 @main.command()
 @click.option("--split", default="train", help="A split of the dataset, or all.")
-@click.option("--dataset", type=_DatasetName(), default="kinetics700",
+@click.option("--dataset", callback=_known_dataset, default="kinetics700",
               help="kinetics700/600/400, kinetics-sounds, audioset, ucf101, esc50, esc10, charades, folder or demo.")
 @click.option("--raw", type=click.Path(path_type=Path), help="Folder of raw files.  [default: data/DATASET]")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("shards"),

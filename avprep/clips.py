@@ -87,7 +87,7 @@ def make_clip(window: Window, spec: ClipSpec, dataset: str, split: str, scratch:
         spectrogram = log_mel(waveform, spec).astype(np.float16)
         mel_frames = spectrogram.shape[1]
         members["logmel.npy"] = _npy(spectrogram)
-    info = {
+    info: dict[str, Any] = {
         "key": window.key, "dataset": dataset, "split": split, "source": window.source.name,
         "labels": list(window.source.labels), "start_s": window.start_s,
         "end_s": round(window.start_s + max(frames / spec.fps, sound_s), 4),
@@ -110,11 +110,11 @@ def _labels_inside(labels: tuple[int, ...], times_s: tuple[tuple[float, float], 
 
 def _count_frames(mp4: bytes) -> tuple[int, int, int]:
     """(frames, width, height) of a video of our own, from its packets."""
-    with av.open(io.BytesIO(mp4)) as container:
+    with av.open(io.BytesIO(mp4), "r") as container:
         if not container.streams.video:
             return 0, 0, 0
         stream = container.streams.video[0]
-        return sum(1 for packet in container.demux(stream) if packet.size), stream.width, stream.height
+        return sum(packet.size > 0 for packet in container.demux(stream)), stream.width, stream.height
 
 
 def _npy(array: np.ndarray[Any, Any]) -> bytes:

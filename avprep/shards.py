@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any, cast
 
 from avprep.clips import Clip
 from avprep.errors import AvprepError
@@ -30,7 +30,7 @@ class ShardWriter:
         self.samples = 0
         self._part = path.with_name(path.name + ".part")
         self._file = _HashingFile(self._part)
-        self._tar = tarfile.open(fileobj=self._file, mode="w|", format=tarfile.USTAR_FORMAT)
+        self._tar = tarfile.open(fileobj=cast(IO[bytes], self._file), mode="w|", format=tarfile.USTAR_FORMAT)
 
     def add(self, clip: Clip) -> None:
         """Append the clip's members, `KEY.ENDING`."""

@@ -1,0 +1,89 @@
+"""Do shards hold what their index says?"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from avprep.errors import AvprepError
+from avprep.progress import progress
+from avprep.shards import read_index, read_samples
+
+
+def problems_of(index_path: Path) -> Iterator[str]:
+    """Check every shard of an index; yields one line a problem, with the shard's name."""
+    index = read_index(index_path)
+    counted = 0
+    for entry in progress(index["shardlist"], "verify", "shard", len(index["shardlist"])):
+        shard = index_path.parent / entry["url"]
+        if not shard.is_file():
+            yield f"{shard}: missing"
+            continue
+        counted += entry["nsamples"]
+        if _sha256(shard) != entry["sha256"]:
+            yield f"{shard}: its checksum differs from the index"
+        yield from _problems_of_shard(shard, entry["nsamples"], index["spec"])
+    if counted != index["counts"]["clips"]:
+        yield f"{index_path}: the shards have {counted} clips, the index counts {index['counts']['clips']}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _problems_of_shard(shard: Path, expected: int, spec: dict[str, Any]) -> Iterator[str]:
+    found = 0
+    try:
+        for key, members in read_samples(shard):
+            found += 1
+            problem = _problem_of_sample(members, spec)
+            if problem:
+                yield f"{shard}: {key}: {problem}"
+    except AvprepError as error:
+        yield str(error)
+    if found != expected:
+        yield f"{shard}: {found} clips, the index says {expected}"
+
+
+def _problem_of_sample(members: dict[str, bytes], spec: dict[str, Any]) -> str | None:
+    """What is wrong with a sample, if anything."""
+    try:
+        info = json.loads(members["json"])
+        if info["spec"] != spec:
+            return "its spec is not the index's"
+        if ("mp4" in members) != (info["frames"] > 0) or ("logmel.npy" in members) != (info["mel_frames"] > 0):
+            return f"it has the members {', '.join(members)}, against its json"
+        if "mp4" in members and (problem := _problem_of_video(members["mp4"], info["frames"], spec)):
+            return problem
+        if "logmel.npy" in members:
+            spectrogram = np.load(io.BytesIO(members["logmel.npy"]), allow_pickle=False)
+            if spectrogram.shape != (spec["mel_bands"], info["mel_frames"]) or spectrogram.dtype != np.float16:
+                return f"its log-mel is {spectrogram.dtype} {spectrogram.shape}"
+            if not np.isfinite(spectrogram).all():
+                return "its log-mel has values that are not finite"
+    except (KeyError, ValueError) as error:
+        return f"unreadable: {error}"
+    return None
+
+
+def _problem_of_video(mp4: bytes, frames: int, spec: dict[str, Any]) -> str | None:
+    try:
+        with av.open(io.BytesIO(mp4), "r") as container:
+            keyframes = [frame.key_frame for frame in container.decode(video=0)]
+    except av.error.FFmpegError as error:
+        return f"its video can't be decoded: {error.strerror}"
+    if len(keyframes) != frames:
+        return f"{len(keyframes)} frames can be decoded, its json says {frames}"
+    if not all(keyframes[:: spec["segment_frames"]]):
+        return "a segment does not start with a keyframe"
+    return None
+
+
