@@ -190,3 +190,6 @@ def preview(shards: Path, output: Path, clips: int) -> None:
 
     shown = contact_sheet(shards, output, clips)
     click.echo(f"{shown} clips drawn in {output}")
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""`avprep build` on real files: every input accounted for, byte for byte the same however it was run."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from avprep.shards import read_samples
+
+
+def _bytes_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and ".build" not in path.parts}
+
+
+def _index(folder):
+    return json.loads((folder / "index.json").read_text())
+
+
+def _samples(folder):
+    return {key: (json.loads(members["json"]), members) for entry in _index(folder)["shardlist"]
+            for key, members in read_samples(folder / entry["url"])}
+
+
+@pytest.fixture(scope="module")
+def real_shards(media, avprep, tmp_path_factory):
+    """All real videos, and one class of ESC-10."""
+    root = tmp_path_factory.mktemp("real")
+    raw = root / "raw"
+    raw.mkdir()
+    for path in media.iterdir():
+        if path.is_file():
+            shutil.copy(path, raw)
+    shutil.copytree(media / "esc10" / "001 - Dog bark", raw / "dog")
+    (raw / "broken").mkdir()
+    (raw / "broken" / "empty.mp4").touch()
+    (raw / "broken" / "text.mp4").write_text("this is no video\n" * 100)
+    (raw / "broken" / "cut.mkv").write_bytes((media / "pancake.mkv").read_bytes()[:150_000])
+    (raw / "broken" / "no_moov.mp4").write_bytes((media / "bikes.mp4").read_bytes()[:100_000])
+    done = avprep("build", "--dataset", "folder", "--raw", raw, "--out", root / "out")
+    assert done.returncode == 0, done.stderr
+    return root / "out" / "folder" / "train", done.stdout, raw
+
+
+def test_counts_add_up(real_shards):
+    folder, printed, raw = real_shards
+    counts = _index(folder)["counts"]
+    files = sum(path.is_file() for path in raw.rglob("*"))
+    skipped, failed = sum(counts["sources_skipped"].values()), sum(counts["sources_failed"].values())
+    assert counts["sources_found"] == files == counts["sources_written"] + skipped + failed
+    failures = [json.loads(line) for line in (folder / "failures.jsonl").read_text().splitlines()]
+    assert {line["path"]: (line["stage"], line["reason"]) for line in failures} == {
+        "corrupted.mp4": ("decode", "corrupt stream"),
+        "broken/empty.mp4": ("probe", "empty file"),
+        "broken/text.mp4": ("probe", "not a readable media file"),
+        "broken/no_moov.mp4": ("probe", "not a readable media file"),
+        "broken/cut.mkv": ("decode", "truncated"),
+    }
+    assert len((folder / "skipped.jsonl").read_text().splitlines()) == skipped == 1  # README.md
+    for part in (f"{files} files found", "5 (", "1 corrupt stream", "seconds of video a second", str(folder)):
+        assert part in printed
+
+
+def test_real_videos_become_the_clips_their_readme_promises(real_shards):
+    samples = {key: info for key, (info, _) in _samples(real_shards[0]).items()}
+    assert {key for key in samples if key.startswith("v2d_test")} == {f"v2d_test-{number:04d}" for number in range(5)}
+    assert [samples[f"v2d_test-{number:04d}"]["frames"] for number in range(5)] == [480, 480, 480, 480, 42]
+    assert samples["v2d_test-0003"]["start_s"] == 90 and samples["v2d_test-0003"]["end_s"] == 120
+    assert samples["mmaction_demo-0000"]["missing"] == samples["bikes-0000"]["missing"] == ["sound"]
+    # The better of two streams is 480 x 270, its sound lasts 13.06 s.
+    assert (samples["nasa-0000"]["width"], samples["nasa-0000"]["height"]) == (284, 160)
+    assert abs(samples["nasa-0000"]["sound_s"] - 13.056) < 0.01
+    assert (samples["h265-0000"]["width"], samples["h265-0000"]["frames"]) == (128, 16)  # never enlarged; 10 -> 16 fps
+    # Pixels of 64:51: shown as 5:3.
+    assert abs(samples["mmaction_demo-0000"]["width"] / samples["mmaction_demo-0000"]["height"] - 5 / 3) < 0.01
+    assert samples["bigbuckbunny-0000"]["missing"] == []
+    dogs = [info for info in samples.values() if info["source"].startswith("dog/")]
+    assert len(dogs) == 40 and all(info["missing"] == ["picture"] and info["mel_frames"] == 320 for info in dogs)
+    assert all(info["labels"] == [1] for info in dogs) and samples["bikes-0000"]["labels"] == []
+
+
+def test_loudness_of_surround_sound_survives_the_downmix(media, real_shards, tmp_path):
+    """5.1 against PyAV's own downmix to mono, through librosa."""
+    import av
+    import librosa
+    import numpy as np
+
+    resampler = av.AudioResampler("fltp", "mono", 44_100)
+    with av.open(str(media / "bigbuckbunny.mp4")) as container:
+        parts = [out.to_ndarray()[0] for frame in container.decode(audio=0) for out in resampler.resample(frame)]
+    theirs = np.log(1e-6 + librosa.feature.melspectrogram(
+        y=np.concatenate(parts)[:88_200], sr=44_100, n_fft=1380, hop_length=690, n_mels=80, htk=True, norm=None,
+        pad_mode="reflect"))
+    import io
+
+    [members] = [members for key, (_, members) in _samples(real_shards[0]).items() if key == "bigbuckbunny-0000"]
+    ours = np.load(io.BytesIO(members["logmel.npy"]))[:, :128].astype(np.float32)
+    assert np.abs(ours - theirs)[:, 1:126].mean() < 0.05
+
+
+def test_verify_accepts_real_shards_and_names_a_damaged_one(real_shards, avprep, tmp_path):
+    folder, _, _ = real_shards
+    assert avprep("verify", folder).returncode == 0
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    shard = copy / "train-000000.tar"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    shard.write_bytes(content)
+    done = avprep("verify", copy)
+    assert done.returncode == 1 and "train-000000.tar" in done.stdout and "checksum" in done.stdout
+    shard.unlink()
+    done = avprep("verify", copy)
+    assert done.returncode == 1 and "train-000000.tar: missing" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_demo, avprep, tmp_path_factory):
+    """The small demo in several shards, built by one worker in one go."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    assert _build(avprep, small_demo, out, 1).returncode == 0
+    content = _bytes_of(out)
+    assert sum(name.endswith(".tar") for name in content) >= 4
+    return content
+
+
+def _build(avprep, raw, out, workers, *more):
+    return avprep("build", "--dataset", "demo", "--raw", raw, "--out", out, "--shard-mb", 1.5, "--workers", workers, *more)
+
+
+def test_same_bytes_with_other_workers_and_a_second_run_does_nothing(small_demo, avprep, undisturbed, tmp_path):
+    assert _build(avprep, small_demo, tmp_path, 3).returncode == 0
+    assert _bytes_of(tmp_path) == undisturbed
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")}
+    again = _build(avprep, small_demo, tmp_path, 2)
+    assert "all shards were there already" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")} == before
+    assert _bytes_of(tmp_path) == undisturbed
+    forced = _build(avprep, small_demo, tmp_path, 2, "--force")
+    assert forced.returncode == 0 and _bytes_of(tmp_path) == undisturbed
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")} != before
+
+
+def test_killed_at_five_random_moments(small_demo, avprep, undisturbed, tmp_path):
+    command = [sys.executable, "-m", "avprep.cli", "build", "--dataset", "demo", "--raw", str(small_demo), "--out",
+               str(tmp_path), "--shard-mb", "1.5", "--workers", "2"]
+    moments = random.Random(0)
+    killed = 0
+    for _ in range(5):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(moments.uniform(0.3, 2.5))
+        killed += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for path in tmp_path.rglob("*.tar"):  # what stands under its final name is whole
+            assert path.read_bytes() == undisturbed[path.relative_to(tmp_path).as_posix()]
+    assert killed >= 2
+    assert _build(avprep, small_demo, tmp_path, 2).returncode == 0
+    assert _bytes_of(tmp_path) == undisturbed
+    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("scratch/*"))
+
+
+def test_ctrl_c_exits_with_130_and_loses_nothing(small_demo, avprep, undisturbed, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "avprep.cli", "build", "--dataset", "demo", "--raw", str(small_demo), "--out",
+         str(tmp_path), "--shard-mb", "1.5", "--workers", "1"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.rglob("*.tar")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate(timeout=30)
+    assert process.returncode == 130 and "run the same command again" in printed and "Traceback" not in printed
+    done = _build(avprep, small_demo, tmp_path, 2)
+    assert done.returncode == 0 and _bytes_of(tmp_path) == undisturbed
+
+
+def test_changed_files_and_spec_are_built_anew(small_demo, avprep, undisturbed, tmp_path):
+    raw = tmp_path / "raw"
+    shutil.copytree(small_demo, raw)
+    assert _build(avprep, raw, tmp_path / "out", 2).returncode == 0
+    next(iter((raw / "train" / "spin").iterdir())).unlink()
+    done = _build(avprep, raw, tmp_path / "out", 2)
+    assert "9 files found" in done.stdout and len(_samples(tmp_path / "out/demo/train")) == 9
+    done = _build(avprep, raw, tmp_path / "out", 2, "--short-side", 48, "--limit", 2)
+    assert done.returncode == 0
+    index = _index(tmp_path / "out/demo/train")
+    assert index["spec"]["short_side"] == 48 and index["counts"]["clips"] == 2
+    assert len(list((tmp_path / "out/demo/train").glob("*.tar"))) == len(index["shardlist"])  # no stale shard
+    assert {info["height"] for info, _ in _samples(tmp_path / "out/demo/train").values()} == {48}
+
+
+def test_only_one_build_at_a_time(small_demo, avprep, tmp_path):
+    import fcntl
+
+    state = tmp_path / "demo" / "train" / ".build"
+    state.mkdir(parents=True)
+    with (state / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = _build(avprep, small_demo, tmp_path, 1)
+    assert done.returncode == 1 and "another avprep build" in done.stderr
+
+
+def test_all_files_failing_is_an_error(avprep, tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "a.mp4").write_text("nothing")
+    (raw / "b.mkv").touch()
+    done = avprep("build", "--dataset", "folder", "--raw", raw, "--out", tmp_path)
+    assert done.returncode == 1 and "not one clip" in done.stderr and "2 files found" in done.stdout
+
+
+def test_time_out_is_a_failure_like_any_other(media, avprep, tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    shutil.copy(media / "v2d_test.mp4", raw)
+    shutil.copy(media / "h265.mp4", raw)
+    done = avprep("build", "--dataset", "folder", "--raw", raw, "--out", tmp_path, "--timeout", 0.25)
+    [failure] = [json.loads(line) for line in (tmp_path / "folder/train/failures.jsonl").read_text().splitlines()]
+    assert (failure["path"], failure["reason"]) == ("v2d_test.mp4", "time-out")
+    assert failure["clips_failed"] >= 4 and "1 time-out" in done.stdout
+
+
+def test_memory_stays_flat_over_a_long_video(ffmpeg, tmp_path):
+    """A 2-hour video in under 1 GB, ffmpeg included."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=s=64x48:r=2:d=7200", "-f", "lavfi", "-i", "sine=440:r=8000:d=7200",
+           "-c:v", "libx264", "-preset", "ultrafast", "-g", 20, "-c:a", "pcm_s16le", raw / "long.mkv")
+    code = ("import resource, sys; sys.argv[0] = 'avprep'\n"
+            "from avprep.cli import main\n"
+            "main(standalone_mode=False)\n"
+            "peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]\n"
+            "print('peak', *peaks)\n")
+    done = subprocess.run([sys.executable, "-c", code, "build", "--dataset", "folder", "--raw", str(raw), "--out",
+                           str(tmp_path), "--workers", "2"], capture_output=True, text=True, check=True)
+    _, own_kib, child_kib = done.stdout.splitlines()[-1].split()
+    assert "240 clips, 2.00 h" in done.stdout
+    assert int(own_kib) + 2 * int(child_kib) < 1_000_000
+
+
+def test_ray_gives_the_same_bytes(small_demo, avprep, undisturbed, tmp_path):
+    pytest.importorskip("ray", reason="ray is an extra: pip install '.[ray]'")
+    done = _build(avprep, small_demo, tmp_path, 2, "--executor", "ray")
+    assert done.returncode == 0, done.stderr
+    assert _bytes_of(tmp_path) == undisturbed
+
+
+def test_ray_absent_is_said(small_demo, tmp_path):
+    (tmp_path / "ray.py").write_text("raise ImportError('not here')")
+    hidden = subprocess.run(
+        [sys.executable, "-m", "avprep.cli", "build", "--dataset", "demo", "--raw", str(small_demo), "--out",
+         str(tmp_path / "out"), "--executor", "ray"], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert hidden.returncode == 1 and "pip install" in hidden.stderr and "Traceback" not in hidden.stderr
