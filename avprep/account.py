@@ -86,7 +86,7 @@ def write_index(folder: Path, dataset: str, split: str, spec: ClipSpec, listing:
         "without_picture": sum("picture" in clip["missing"] for clip in clips),
         "clips_per_class": [labels[number] for number in range(len(listing.classes))]}
     index = {
-        "__kind__": "wids-shard-index-v1", "wids_version": 1,  # webdataset's own reader opens this file too
+        "__kind__": "wids-shard-index-v1", "wids_version": 1,  # the layout of webdataset's shard index
         "name": f"{dataset}-{split}", "format": FORMAT, "format_version": FORMAT_VERSION,
         "dataset": dataset, "split": split, "spec": spec.to_json(), "classes": listing.classes,
         "multi_label": listing.multi_label, "counts": counts,

@@ -80,7 +80,7 @@ def build_split(options: BuildOptions, split: str) -> SplitReport:
         AvprepError: nothing to build, or the folder is in use by another build.
     """
     started = time.monotonic()
-    listing = DATASETS[options.dataset].find(options.raw, split)
+    listing = DATASETS[options.dataset].find(options.raw.absolute(), split)
     sources = sorted(listing.sources, key=lambda source: shuffled_rank(source.key))[: options.limit]
     if not sources:
         skipped = Counter(reason for _, reason in listing.skipped)
@@ -162,7 +162,7 @@ def _write_shards(tasks: list[ShardTask], folder: Path, split: str,
                   options: BuildOptions) -> Iterator[tuple[ShardTask, dict[str, Any]]]:
     """Make the clips of all these shards in one stream, and cut the stream into tars."""
     make = partial(_make, spec=options.spec, dataset=options.dataset, split=split,
-                   scratch=folder / ".build" / "scratch", timeout_s=options.timeout_s)
+                   scratch=folder.absolute() / ".build" / "scratch", timeout_s=options.timeout_s)
     todo = [window for task in tasks for window in task.windows]
     results = progress(EXECUTORS[options.executor](make, todo, options.workers), f"build {split}", "clip", len(todo))
     for task in tasks:

@@ -51,7 +51,7 @@ def run_ray(do: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -
     except ImportError as error:
         raise AvprepError("--executor ray needs Ray: pip install 'avprep-avtrain[ray]'") from error
     ray.init(ignore_reinit_error=True, log_to_driver=False)
-    remote = ray.remote(do)
+    remote = ray.remote(lambda task: do(task))  # it takes a plain function, not a partial one
     yield from _in_order(remote.remote, ray.get, tasks, _UNDER_WAY_PER_WORKER * workers)
 
 
