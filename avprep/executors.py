@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from avprep.errors import AvprepError
 
@@ -51,8 +51,8 @@ def run_ray(do: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -
     except ImportError as error:
         raise AvprepError("--executor ray needs Ray: pip install 'avprep-avtrain[ray]'") from error
     ray.init(ignore_reinit_error=True, log_to_driver=False)
-    remote = ray.remote(lambda task: do(task))  # it takes a plain function, not a partial one
-    yield from _in_order(remote.remote, ray.get, tasks, _UNDER_WAY_PER_WORKER * workers)
+    remote: Any = ray.remote(lambda task: do(task))  # it takes a plain function, not a partial one
+    yield from _in_order(remote.remote, lambda handle: ray.get(handle), tasks, _UNDER_WAY_PER_WORKER * workers)
 
 
 EXECUTORS = {"local": run_local, "ray": run_ray}

@@ -52,7 +52,8 @@ def avprep() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture(scope="session")
-def small_demo(tmp_path_factory: pytest.TempPathFactory, avprep: Callable[..., subprocess.CompletedProcess[str]]) -> Path:
+def small_demo(tmp_path_factory: pytest.TempPathFactory,
+               avprep: Callable[..., subprocess.CompletedProcess[str]]) -> Path:
     """A demo of 10 train and 2 test videos."""
     folder = tmp_path_factory.mktemp("demo") / "raw"
     done = avprep("demo", "--out", folder, "--train", 10, "--test", 2)

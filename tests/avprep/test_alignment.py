@@ -15,7 +15,8 @@ MEL_FRAME_S = 690 / 44_100
 
 def _flash_and_click(ffmpeg, path, fps, video_starts_s, audio_starts_s, variable=False):
     """8 s of black and silence with a flash and a click at EVENT_S on the common time line."""
-    flash = f"drawbox=color=white:t=fill:enable='between(t,{EVENT_S - video_starts_s},{EVENT_S - video_starts_s + 0.4})'"
+    flash_s = EVENT_S - video_starts_s
+    flash = f"drawbox=color=white:t=fill:enable='between(t,{flash_s},{flash_s + 0.4})'"
     drop = ",select='not(eq(mod(n,7),2)+eq(mod(n,5),1))'" if variable else ""
     click_s = EVENT_S - audio_starts_s
     ffmpeg("-itsoffset", video_starts_s, "-f", "lavfi", "-i", f"color=black:s=160x120:r={fps}:d=8,{flash}{drop}",
@@ -41,7 +42,8 @@ def events_s(ffmpeg, avprep, tmp_path_factory):
     for fps in RATES:
         for starts_s in STARTS_S:
             variable = fps == "vfr"
-            _flash_and_click(ffmpeg, raw / f"{_name(fps, starts_s)}.mkv", "30" if variable else fps, *starts_s, variable)
+            path = raw / f"{_name(fps, starts_s)}.mkv"
+            _flash_and_click(ffmpeg, path, "30" if variable else fps, *starts_s, variable)
     done = avprep("build", "--dataset", "folder", "--raw", raw, "--out", raw.parent)
     assert done.returncode == 0, done.stderr
     found = {}

@@ -55,7 +55,8 @@ def test_settings_come_from_the_environment_too(avprep, small_demo, tmp_path):
 def test_info_and_preview(avprep, small_demo, tmp_path):
     from PIL import Image
 
-    assert avprep("build", "--dataset", "demo", "--raw", small_demo, "--out", tmp_path, "--split", "all").returncode == 0
+    done = avprep("build", "--dataset", "demo", "--raw", small_demo, "--out", tmp_path, "--split", "all")
+    assert done.returncode == 0
     done = avprep("info", tmp_path)
     assert done.returncode == 0
     for part in ("clips    10 in 1 shards, 0.08 h", "clips    2 in", "fps 16", "bounce", "0 without sound"):

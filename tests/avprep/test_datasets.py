@@ -80,7 +80,7 @@ def test_kinetics_all_builds_the_splits_that_are_there(avprep, short, tmp_path):
     raw = tmp_path / "raw"
     for split in ("train", "validate"):
         _put(short, raw / f"{split}AAAAAAA_000000_000010.mp4")
-        (raw / f"{split}.csv").write_text(f"label,youtube_id,time_start,time_end,split\na,{split}AAAAAAA,0,10,{split}\n")
+        (raw / f"{split}.csv").write_text(f"label,youtube_id,time_start,time_end\na,{split}AAAAAAA,0,10\n")
     done = _build(avprep, tmp_path, "kinetics600", "all")
     assert "kinetics600 train:" in done.stdout and "kinetics600 val:" in done.stdout
     assert "test:" not in done.stdout
@@ -147,7 +147,8 @@ def test_esc50_and_its_esc10_rows(avprep, ffmpeg, tmp_path):
     raw = tmp_path / "raw"
     (raw / "audio").mkdir(parents=True)
     (raw / "meta").mkdir()
-    rows = [("1-1-A-0.wav", 1, 0, "dog", True), ("1-2-A-7.wav", 1, 7, "rooster", False), ("2-3-A-9.wav", 2, 9, "cow", True)]
+    rows = [("1-1-A-0.wav", 1, 0, "dog", True), ("1-2-A-7.wav", 1, 7, "rooster", False),
+            ("2-3-A-9.wav", 2, 9, "cow", True)]
     for name, *_ in rows:
         ffmpeg("-f", "lavfi", "-i", "anoisesrc=d=5:c=pink:r=44100:a=0.3", raw / "audio" / name)
     (raw / "meta/esc50.csv").write_text("filename,fold,target,category,esc10,src_file,take\n" + "".join(
@@ -190,8 +191,8 @@ def test_kinetics_sounds_class_without_test_clips_keeps_its_number(avprep, short
 
 def test_odd_file_names_give_safe_unique_keys(avprep, short, tmp_path):
     raw = tmp_path / "raw"
-    names = ["a.b.c.mp4", "a_b.c.mp4", "-rf.mp4", "Ünïcødé 猫.mp4", "x" * 180 + ".mp4", "x" * 181 + ".mp4", "sub/a.b.c.mp4",
-             "sub dir/quote'\"$(touch pwned).mp4", "concat:x.mp4", "%03d.mp4"]
+    names = ["a.b.c.mp4", "a_b.c.mp4", "-rf.mp4", "Ünïcødé 猫.mp4", "x" * 180 + ".mp4", "x" * 181 + ".mp4",
+             "sub/a.b.c.mp4", "sub dir/quote'\"$(touch pwned).mp4", "concat:x.mp4", "%03d.mp4"]
     _put(short, *(raw / name for name in names))
     _build(avprep, tmp_path, "folder", "train")
     index, infos, _ = _read(tmp_path, "folder", "train")

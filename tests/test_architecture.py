@@ -1,0 +1,86 @@
+"""The house rules, read off the source: imports go down only, files stay small, nothing is set that nobody reads."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+LONGEST_FILE_LINES = 420
+
+# Floors: a module imports only from floors below its own.
+AVPREP_FLOORS = [
+    {"errors"}, {"spec", "executors", "progress", "__init__"}, {"datasets", "media", "logmel"}, {"clips"},
+    {"shards", "plan"}, {"account", "demo", "verify", "preview"}, {"build"}, {"cli"}]
+
+
+def _modules(package):
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def _imports(path):
+    """Dotted names that a file imports, wherever in the file; those under TYPE_CHECKING are for the type checker."""
+    tree = ast.parse(path.read_text())
+    skipped = {id(node) for block in ast.walk(tree) if isinstance(block, ast.If)
+               and "TYPE_CHECKING" in ast.dump(block.test) for node in ast.walk(block)}
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _room(dotted, package):
+    """`avprep.datasets.kinetics` -> `datasets`."""
+    parts = dotted.split(".")
+    return parts[1] if len(parts) > 1 and parts[0] == package else None
+
+
+def test_avprep_imports_go_down_only():
+    floor = {room: number for number, rooms in enumerate(AVPREP_FLOORS) for room in rooms}
+    for path in _modules("avprep"):
+        room = path.relative_to(ROOT / "avprep").parts[0].removesuffix(".py")
+        assert room in floor, f"{path.name} has no floor yet: give it one in this test"
+        for dotted in _imports(path):
+            below = _room(dotted, "avprep")
+            if below in floor and below != room and below != "__init__":
+                assert floor[below] < floor[room], f"{path.name} imports {dotted}"
+
+
+def test_datasets_know_only_their_own_helpers():
+    for path in _modules("avprep/datasets"):
+        rooms = {_room(dotted, "avprep") for dotted in _imports(path)} - {None}
+        assert rooms <= {"datasets", "errors"}, path.name
+
+
+def test_the_packages_do_not_know_each_other():
+    for package, others in (("avprep", ("avtrain", "torch", "webdataset")), ("avtrain", ("avprep",))):
+        for path in _modules(package):
+            assert not [dotted for dotted in _imports(path) if dotted.split(".")[0] in others], path
+
+
+def test_files_stay_small_and_named_for_what_they_do():
+    for package in ("avprep", "avtrain", "tests", "benchmarks"):
+        for path in _modules(package):
+            assert len(path.read_text().splitlines()) <= LONGEST_FILE_LINES, path
+            assert path.stem not in ("utils", "util", "helpers", "misc", "common"), path
+
+
+def test_only_cli_prints_or_exits():
+    for package in ("avprep", "avtrain"):
+        for path in _modules(package):
+            if path.name != "cli.py":
+                calls = {node.func.id for node in ast.walk(ast.parse(path.read_text()))
+                         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+                assert not calls & {"print", "exit", "quit"}, path
+
+
+@pytest.mark.parametrize("package", ["avprep", "avtrain"])
+def test_importing_the_package_is_light(package):
+    code = f"import sys, {package}; print([name for name in ('torch', 'numpy', 'librosa') if name in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert printed.strip() == "[]"
