@@ -26,7 +26,7 @@ class VisualCNN(nn.Module):
     def __init__(self, width: int, blocks: Sequence[int]) -> None:
         super().__init__()
         self.outputs = width * EXPANSION * 2 ** (len(blocks) - 1)
-        self.stem = nn.Sequential(*conv3d(3, width, (5, 7, 7), (2, 2, 2)), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(*conv3d(3, width, (5, 7, 7), (2, 2, 2)), nn.ReLU(inplace=True), pool3d())
         self.stages = nn.ModuleList()
         inputs = width
         for index, count in enumerate(blocks):
@@ -36,7 +36,7 @@ class VisualCNN(nn.Module):
 
     def forward(self, segments: Tensor) -> Tensor:
         """(segments, 3, frames, height, width), uint8 or normalised floats -> (segments, outputs)."""
-        x = self.stem(normalized(segments))  # (segments, width, frames / 2, height / 2, width / 2)
+        x = self.stem(normalized(segments))  # (segments, width, frames / 2, height / 4, width / 4)
         for stage in self.stages:
             x = stage(x)
         return x.mean((2, 3, 4))
@@ -61,9 +61,8 @@ class SlowFastCNN(nn.Module):
         super().__init__()
         fast_width = width // self.BETA
         self.outputs = (width + fast_width) * EXPANSION * 2 ** (len(blocks) - 1)
-        pool = nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))
-        self.slow_stem = nn.Sequential(*conv3d(3, width, (1, 7, 7), (1, 2, 2)), nn.ReLU(inplace=True), pool)
-        self.fast_stem = nn.Sequential(*conv3d(3, fast_width, (5, 7, 7), (1, 2, 2)), nn.ReLU(inplace=True), pool)
+        self.slow_stem = nn.Sequential(*conv3d(3, width, (1, 7, 7), (1, 2, 2)), nn.ReLU(inplace=True), pool3d())
+        self.fast_stem = nn.Sequential(*conv3d(3, fast_width, (5, 7, 7), (1, 2, 2)), nn.ReLU(inplace=True), pool3d())
         self.laterals, self.slow_stages, self.fast_stages = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         slow, fast = width, fast_width
         for index, count in enumerate(blocks):
@@ -143,15 +142,22 @@ class TimeConv3d(nn.Conv3d):
 
 def conv3d(inputs: int, outputs: int, kernel: tuple[int, int, int], stride: tuple[int, int, int] = (1, 1, 1),
            ) -> list[nn.Module]:
-    """Convolution with "same" padding, and BatchNorm."""
-    padding = tuple(size // 2 for size in kernel)
-    return [TimeConv3d(inputs, outputs, kernel, stride, padding, bias=False), nn.BatchNorm3d(outputs)]
+    """Convolution with "same" padding and He's start values, and BatchNorm."""
+    convolution = TimeConv3d(inputs, outputs, kernel, stride, tuple(size // 2 for size in kernel), bias=False)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    return [convolution, nn.BatchNorm3d(outputs)]
 
 
 def conv2d(inputs: int, outputs: int, kernel: tuple[int, int], stride: tuple[int, int] = (1, 1)) -> list[nn.Module]:
-    """Convolution with "same" padding, and BatchNorm."""
-    padding = tuple(size // 2 for size in kernel)
-    return [nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False), nn.BatchNorm2d(outputs)]
+    """Convolution with "same" padding and He's start values, and BatchNorm."""
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, tuple(size // 2 for size in kernel), bias=False)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    return [convolution, nn.BatchNorm2d(outputs)]
+
+
+def pool3d() -> nn.MaxPool3d:
+    """Halves height and width after a visual stem."""
+    return nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))
 
 
 def stage3d(inputs: int, inner: int, count: int, temporal: int, stride: int) -> nn.Sequential:
