@@ -212,8 +212,8 @@ def _read(checkpoint: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Te
         try:
             content = torch.load(checkpoint, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            raise AvtrainError(f"{source}: not a checkpoint that can be read safely: "
-                               f"{str(error).partition(chr(10))[0]}") from error
+            raise AvtrainError(f"{source}: not a checkpoint that can be read safely; a file by torch.save with nothing "
+                               "but tensors, numbers and text is wanted") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):

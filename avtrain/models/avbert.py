@@ -142,7 +142,7 @@ class AVBert(nn.Module):
 
     def _with_bos(self, local: Tensor, present: Tensor, modality: int) -> tuple[Tensor, Tensor]:
         """BOS before the segments; it is present where any segment is. (batch, 1 + segments, D) and its mask."""
-        bos = self.bos[modality].expand(len(local), 1, -1)
+        bos = self.bos[modality].expand(local.shape[0], 1, -1)
         return torch.cat((bos, local), 1), torch.cat((present.any(1, keepdim=True), present), 1)
 
     def _fuse(self, visual: Tensor, audio: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 Sizes are given by `width` (channels of the stem) and `blocks` (bottlenecks of each stage); the published networks are
 width 64 and 32 with blocks (3, 4, 6, 3). All take a batch of segments and return one pooled vector a segment.
+Weights, and with them all maps, lie channels-last, which is faster in float32 and twice so in bfloat16.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class VisualCNN(nn.Module):
             inner, temporal, stride = width * 2 ** index, 1 if index < 2 else 3, 1 if index == 0 else 2
             self.stages.append(stage3d(inputs, inner, count, temporal, stride))
             inputs = inner * EXPANSION
+        self.to(memory_format=torch.channels_last_3d)
 
     def forward(self, segments: Tensor) -> Tensor:
         """(segments, 3, frames, height, width), uint8 or normalised floats -> (segments, outputs)."""
@@ -73,6 +75,7 @@ class SlowFastCNN(nn.Module):
             self.slow_stages.append(stage3d(slow + lateral, width * 2 ** index, count, temporal, stride))
             self.fast_stages.append(stage3d(fast, fast_width * 2 ** index, count, 3, stride))
             slow, fast = width * 2 ** index * EXPANSION, fast_width * 2 ** index * EXPANSION
+        self.to(memory_format=torch.channels_last_3d)
 
     def forward(self, segments: Tensor) -> Tensor:
         """(segments, 3, frames, height, width), uint8 or normalised floats -> (segments, outputs)."""
@@ -105,6 +108,7 @@ class AudioCNN(nn.Module):
             inner = width * 2 ** index
             self.stages.append(stage2d(inputs, inner, count, split=index < 2))
             inputs = inner * EXPANSION
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, segments: Tensor) -> Tensor:
         """(segments, 1, mels, frames) -> (segments, outputs)."""
