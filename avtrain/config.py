@@ -1,0 +1,216 @@
+"""Settings: typed, checked on construction, read from presets/*.toml and `--set section.field=value`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from avtrain.errors import AvtrainError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRESET_FOLDER = Path(__file__).parent / "presets"
+VISUAL_NETWORKS = ("slow50", "slowfast50")
+FUSIONS = ("early", "mid", "late")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network. The defaults are the published one (mid fusion, all shared, low rank): 43,778,080 parameters."""
+
+    visual: str = "slow50"
+    """Visual CNN: slow50 (as released) or slowfast50 (as in the paper's text)."""
+    visual_width: int = 64
+    """Channels of the visual CNN's stem."""
+    visual_blocks: tuple[int, ...] = (3, 4, 6, 3)
+    """Bottleneck blocks of each of the visual CNN's stages."""
+    audio_width: int = 32
+    """Channels of the audio CNN's stem."""
+    audio_blocks: tuple[int, ...] = (3, 4, 6, 3)
+    """Bottleneck blocks of each of the audio CNN's stages."""
+    audio_stem_stride: int = 1
+    """Stride of the audio CNN's stem, in frequency and in time."""
+    dimension: int = 768
+    """D, the length of local embeddings and tokens."""
+    layers: int = 6
+    """L, layers of each Transformer."""
+    heads: int = 12
+    """Attention heads; they divide the dimension."""
+    feedforward: int = 3072
+    """Inner features of the feed-forward part."""
+    dropout: float = 0.1
+    """Probability, in the Transformers."""
+    max_segments: int = 21
+    """Longest clip, in segments: that many learned positions, and one for BOS."""
+    fusion: str = "mid"
+    """early: only the multimodal Transformer; late: only the single-modality ones; mid: both."""
+    share_layers: bool = True
+    """The layers of a Transformer share one set of weights."""
+    share_transformers: bool = True
+    """The Transformers share their weights, entirely or (with a rank) their large factor U."""
+    rank: int | None = 128
+    """O, inner dimension of the factored linear layers; none: not factored."""
+    segments_at_once: int = 0
+    """Above 0: activation checkpointing. The CNNs run on this many segments at a time and are run again in the
+    backward pass; BatchNorm's batch is then these segments. 0: all at once, nothing recomputed."""
+
+    def __post_init__(self) -> None:
+        _check_choice("model.visual", self.visual, VISUAL_NETWORKS)
+        _check_choice("model.fusion", self.fusion, FUSIONS)
+        for name in ("visual_width", "audio_width", "audio_stem_stride", "dimension", "layers", "heads", "feedforward",
+                     "max_segments"):
+            _check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
+        for name in ("visual_blocks", "audio_blocks"):
+            blocks = getattr(self, name)
+            _check(bool(blocks) and min(blocks) >= 1, f"model.{name}", blocks, "one or more counts, each at least 1")
+        _check(self.visual != "slowfast50" or self.visual_width % 8 == 0, "model.visual_width", self.visual_width,
+               "a multiple of 8 for slowfast50")
+        _check(self.dimension % self.heads == 0, "model.heads", self.heads,
+               f"a divisor of model.dimension ({self.dimension})")
+        _check(0 <= self.dropout < 1, "model.dropout", self.dropout, "at least 0 and under 1")
+        _check(self.rank is None or self.rank >= 2, "model.rank", self.rank, "at least 2, or none")
+        _check(self.segments_at_once >= 0, "model.segments_at_once", self.segments_at_once, "at least 0")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What one training clip looks like."""
+
+    segments: int = 15
+    """Segments of a clip."""
+    segment_frames: int = 32
+    """Frames of a visual segment."""
+    crop: int = 112
+    """Height and width of a frame, in pixels."""
+    mels: int = 80
+    """Mel bands of an audio segment."""
+    mel_frames: int = 128
+    """Spectrogram frames of an audio segment."""
+
+    def __post_init__(self) -> None:
+        for name in ("segments", "segment_frames", "crop", "mels", "mel_frames"):
+            _check(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "at least 1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run, one section a part."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        _check(self.data.segments <= self.model.max_segments, "data.segments", self.data.segments,
+               f"at most model.max_segments ({self.model.max_segments})")
+
+
+def read_config(preset: str = "paper", overrides: Iterable[str] = ()) -> Config:
+    """Settings from a preset and `section.field=value` overrides.
+
+    Args:
+        preset: a name in avtrain/presets, or the path of a TOML file.
+        overrides: for example "model.rank=64"; values as in TOML, quotes optional.
+
+    Raises:
+        AvtrainError: names the file or option, what is wrong, and the nearest right name.
+    """
+    path = Path(preset) if preset.endswith(".toml") else PRESET_FOLDER / f"{preset}.toml"
+    if not path.is_file():
+        known = sorted(file.stem for file in PRESET_FOLDER.glob("*.toml"))
+        raise AvtrainError(f"preset {preset}: not found; known are {', '.join(known)}, or give a .toml file")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise AvtrainError(f"{path}: not valid TOML: {error}") from error
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        section, dot, option = name.strip().partition(".")
+        if not equals or not dot:
+            raise AvtrainError(f"--set {override}: write section.field=value, for example model.rank=64")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()
+        inside = values.setdefault(section, {})
+        if isinstance(inside, dict):
+            inside[option] = value
+    return config_from(values, str(path))
+
+
+def config_from(values: Mapping[str, Any], where: str) -> Config:
+    """Settings from nested dictionaries, as TOML or JSON has them; what they leave out keeps its default.
+
+    Args:
+        values: section -> field -> value.
+        where: named in errors.
+
+    Raises:
+        AvtrainError: an unknown name, a value of the wrong type or out of range.
+    """
+    try:
+        sections = typing.get_type_hints(Config)
+        for name, content in values.items():
+            _check_known(name, sections, "")
+            if not isinstance(content, Mapping):
+                raise AvtrainError(f"{name}: a section of fields is wanted, not {content!r}")
+        return Config(**{name: _section(name, kind, values.get(name, {})) for name, kind in sections.items()})
+    except AvtrainError as error:
+        raise AvtrainError(f"{where}: {error}") from None
+
+
+def config_to(config: Config) -> dict[str, Any]:
+    """The inverse of `config_from`, in types that JSON has."""
+    return dataclasses.asdict(config)
+
+
+def _section(section: str, kind: type[Any], values: Mapping[str, Any]) -> Any:
+    types_of = typing.get_type_hints(kind)
+    arguments = {}
+    for name, value in values.items():
+        _check_known(name, types_of, f"{section}.")
+        arguments[name] = _typed(f"{section}.{name}", types_of[name], value)
+    return kind(**arguments)
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    """`value` as the type a field has; TOML writes none as "none", JSON as null."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if types.NoneType in options and value in (None, "none"):
+        return None
+    kind = options[0]
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)[0]
+        if isinstance(value, list | tuple):
+            return tuple(_typed(name, inner, item) for item in value)
+    elif kind is float and type(value) in (int, float):
+        return float(value)
+    elif type(value) is kind:
+        return value
+    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    raise AvtrainError(f"{name} = {value!r}: {wanted.get(kind, 'a list, like [3, 4, 6, 3],')} is wanted")
+
+
+def _check_known(name: str, known: Iterable[str], prefix: str) -> None:
+    names = list(known)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+        raise AvtrainError(f"{prefix}{name}: no such setting; did you mean {prefix}{near}?")
+
+
+def _check(right: bool, name: str, value: object, wanted: str) -> None:
+    if not right:
+        raise AvtrainError(f"{name} = {value!r}: {wanted} is wanted")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _check(value in choices, name, value, "one of " + ", ".join(choices))

@@ -1,0 +1,225 @@
+"""The audio-visual Transformer: local embeddings of each segment, then single-modality and multimodal Transformers.
+
+A clip goes through `AVBert.forward` top to bottom: `embed` (CNN, projection, LayerNorm for every segment), then
+`contextualize` (BOS and positions, visual and audio Transformer, multimodal Transformer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from avtrain.config import ModelConfig
+from avtrain.models.cnn import AudioCNN, SlowFastCNN, VisualCNN
+from avtrain.models.transformer import LAYER_NORM_EPS, Encoder
+
+VISUAL, AUDIO = 0, 1  # rows of the BOS and modality embeddings
+
+
+class LocalEmbeddings(NamedTuple):
+    """What the CNNs make of every segment by itself; zeros where a segment is absent."""
+
+    visual_pooled: Tensor  # (batch, segments, visual channels)
+    audio_pooled: Tensor   # (batch, segments, audio channels)
+    visual_local: Tensor   # (batch, segments, D)
+    audio_local: Tensor    # (batch, segments, D)
+
+
+class Tokens(NamedTuple):
+    """What the Transformers make of them, BOS first; zeros where a segment or a whole modality is absent."""
+
+    visual_tokens: Tensor | None      # (batch, 1 + segments, D); None with early fusion
+    audio_tokens: Tensor | None       # (batch, 1 + segments, D); None with early fusion
+    multimodal_tokens: Tensor | None  # (batch, 2 + 2 * segments, D), visual first; None with late fusion
+
+
+class AVBertOutput(NamedTuple):
+    """Everything `AVBert.forward` computes: the fields of `LocalEmbeddings` and of `Tokens`."""
+
+    visual_pooled: Tensor
+    audio_pooled: Tensor
+    visual_local: Tensor
+    audio_local: Tensor
+    visual_tokens: Tensor | None
+    audio_tokens: Tensor | None
+    multimodal_tokens: Tensor | None
+
+
+class AVBert(nn.Module):
+    """The whole model (paper, section 3).
+
+    Args:
+        config: sizes, fusion and sharing.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        visual_network = {"slow50": VisualCNN, "slowfast50": SlowFastCNN}[config.visual]
+        self.visual_cnn = visual_network(config.visual_width, config.visual_blocks)
+        self.audio_cnn = AudioCNN(config.audio_width, config.audio_blocks, config.audio_stem_stride)
+        self.visual_projection = nn.Linear(self.visual_cnn.outputs, config.dimension)
+        self.visual_norm = nn.LayerNorm(config.dimension, eps=LAYER_NORM_EPS)
+        self.audio_projection = nn.Linear(self.audio_cnn.outputs, config.dimension)
+        self.audio_norm = nn.LayerNorm(config.dimension, eps=LAYER_NORM_EPS)
+        self.bos = nn.Parameter(torch.randn(2, config.dimension) * 0.02)
+        if config.fusion != "early":
+            self.visual_embedding = TokenEmbedding(config)
+            self.audio_embedding = TokenEmbedding(config)
+        if config.fusion != "late":
+            self.modality = nn.Parameter(torch.randn(2, config.dimension) * 0.02)
+            self.multimodal_embedding = TokenEmbedding(config)
+        # Transformers by number: visual 0, audio 1, multimodal last.
+        self.encoder = Encoder(config, transformers={"early": 1, "mid": 3, "late": 2}[config.fusion])
+
+    def forward(self, visual: Tensor | None, audio: Tensor | None, visual_present: Tensor | None = None,
+                audio_present: Tensor | None = None) -> AVBertOutput:
+        """Embed a batch of clips. In eval mode a clip's outputs depend on nothing else in the batch.
+
+        Args:
+            visual: (batch, segments, 3, frames, height, width), uint8, or floats normalised as (x / 255 - 0.45) /
+                0.225; None if no clip has pictures.
+            audio: (batch, segments, 1, mels, frames), log-mel; None if no clip has sound.
+            visual_present: (batch, segments) boolean, which segments have pictures; None: all. What an absent
+                segment's pixels hold does not matter.
+            audio_present: the same for sound.
+
+        Raises:
+            ValueError: neither modality is given, or shapes do not fit each other or the model.
+        """
+        local, visual_present, audio_present = self.embed(visual, audio, visual_present, audio_present)
+        tokens = self.contextualize(local.visual_local, local.audio_local, visual_present, audio_present)
+        return AVBertOutput(*local, *tokens)
+
+    def embed(self, visual: Tensor | None, audio: Tensor | None, visual_present: Tensor | None = None,
+              audio_present: Tensor | None = None) -> tuple[LocalEmbeddings, Tensor, Tensor]:
+        """Each segment by itself: CNN, global average, Linear, LayerNorm.
+
+        Args:
+            visual, audio, visual_present, audio_present: as in `forward`.
+
+        Returns:
+            The embeddings, and both presence masks, (batch, segments), filled in where they were None.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        batch, segments = self._clip_shape(visual, audio, visual_present, audio_present)
+        visual_pooled, visual_present = self._pool(self.visual_cnn, visual, visual_present, batch, segments)
+        audio_pooled, audio_present = self._pool(self.audio_cnn, audio, audio_present, batch, segments)
+        visual_local = self.visual_norm(self.visual_projection(visual_pooled)) * visual_present.unsqueeze(-1)
+        audio_local = self.audio_norm(self.audio_projection(audio_pooled)) * audio_present.unsqueeze(-1)
+        return LocalEmbeddings(visual_pooled, audio_pooled, visual_local, audio_local), visual_present, audio_present
+
+    def contextualize(self, visual_local: Tensor, audio_local: Tensor, visual_present: Tensor,
+                      audio_present: Tensor) -> Tokens:
+        """The Transformers on local embeddings, some of which the caller may have replaced by others (masking).
+
+        Args:
+            visual_local, audio_local: (batch, segments, D).
+            visual_present, audio_present: (batch, segments) boolean.
+        """
+        folded = self.encoder.fold()
+        visual, visual_present = self._with_bos(visual_local, visual_present, VISUAL)
+        audio, audio_present = self._with_bos(audio_local, audio_present, AUDIO)
+        if self.config.fusion == "early":
+            multimodal = self._fuse(visual, audio)
+            present = torch.cat((visual_present, audio_present), 1)
+            return Tokens(None, None, self.encoder(multimodal, present, 0, folded))
+        visual = self.encoder(self.visual_embedding(visual), visual_present, 0, folded)
+        audio = self.encoder(self.audio_embedding(audio), audio_present, 1, folded)
+        if self.config.fusion == "late":
+            return Tokens(visual, audio, None)
+        multimodal = self._fuse(visual, audio)
+        present = torch.cat((visual_present, audio_present), 1)
+        return Tokens(visual, audio, self.encoder(multimodal, present, 2, folded))
+
+    def _with_bos(self, local: Tensor, present: Tensor, modality: int) -> tuple[Tensor, Tensor]:
+        """BOS before the segments; it is present where any segment is. (batch, 1 + segments, D) and its mask."""
+        bos = self.bos[modality].expand(local.shape[0], 1, -1)
+        return torch.cat((bos, local), 1), torch.cat((present.any(1, keepdim=True), present), 1)
+
+    def _fuse(self, visual: Tensor, audio: Tensor) -> Tensor:
+        """Both sequences in one, with positions that start anew and modality embeddings, (batch, 2 + 2 T, D)."""
+        marked = (visual + self.modality[VISUAL], audio + self.modality[AUDIO])
+        embedded: Tensor = self.multimodal_embedding(*marked)
+        return embedded
+
+    def _clip_shape(self, visual: Tensor | None, audio: Tensor | None, visual_present: Tensor | None,
+                    audio_present: Tensor | None) -> tuple[int, int]:
+        given = visual if visual is not None else audio
+        if given is None:
+            raise ValueError("visual or audio must be given")
+        batch, segments = given.shape[:2]
+        if segments > self.config.max_segments:
+            raise ValueError(f"{segments} segments: the model has positions for {self.config.max_segments}")
+        for name, x, rank in (("visual", visual, 6), ("audio", audio, 5), ("visual_present", visual_present, 2),
+                              ("audio_present", audio_present, 2)):
+            if x is not None and (x.dim() != rank or x.shape[:2] != (batch, segments)):
+                raise ValueError(f"{name} is {tuple(x.shape)}: {rank} dimensions, {batch} clips and {segments} "
+                                 "segments are wanted")
+        return batch, segments
+
+    def _pool(self, cnn: VisualCNN | SlowFastCNN | AudioCNN, x: Tensor | None, present: Tensor | None, batch: int,
+              segments: int) -> tuple[Tensor, Tensor]:
+        """(batch, segments, channels) from the present segments alone, zeros elsewhere; and the mask."""
+        if x is not None and present is None:
+            return (self._run(cnn, x.flatten(0, 1)).unflatten(0, (batch, segments)),
+                    torch.ones(batch, segments, dtype=torch.bool, device=x.device))
+        if x is None or present is None:
+            return (self.bos.new_zeros(batch, segments, cnn.outputs),
+                    torch.zeros(batch, segments, dtype=torch.bool, device=self.bos.device))
+        here = present.flatten().nonzero().squeeze(1)
+        if len(here) == 0:  # a BatchNorm has no statistics of nothing
+            return self.bos.new_zeros(batch, segments, cnn.outputs), present
+        pooled = self._run(cnn, x.flatten(0, 1)[here])
+        everywhere = pooled.new_zeros(batch * segments, cnn.outputs).index_copy(0, here, pooled)
+        return everywhere.unflatten(0, (batch, segments)), present
+
+    def _run(self, cnn: nn.Module, segments: Tensor) -> Tensor:
+        """The CNN on (segments, ...): at once, or a few at a time with recomputation in the backward pass."""
+        size = self.config.segments_at_once
+        if size == 0 or not (self.training and torch.is_grad_enabled()):
+            pooled: Tensor = cnn(segments)
+            return pooled
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), _statistics_kept(cnn)
+
+        chunks = [checkpoint(cnn, chunk, use_reentrant=False, context_fn=contexts) for chunk in segments.split(size)]
+        return torch.cat(chunks)
+
+
+class TokenEmbedding(nn.Module):
+    """Learned positions, LayerNorm, dropout, before a Transformer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(1 + config.max_segments, config.dimension) * 0.02)
+        self.norm = nn.LayerNorm(config.dimension, eps=LAYER_NORM_EPS)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, *sequences: Tensor) -> Tensor:
+        """Sequences of (batch, length, D), positions from 0 for each -> one of (batch, sum of lengths, D)."""
+        placed = torch.cat([sequence + self.positions[:sequence.shape[1]] for sequence in sequences], 1)
+        embedded: Tensor = self.dropout(self.norm(placed))
+        return embedded
+
+
+@contextmanager
+def _statistics_kept(cnn: nn.Module) -> Iterator[None]:
+    """The forward pass that is repeated for the backward pass must not count a second time in BatchNorm's averages."""
+    norms = [module for module in cnn.modules() if isinstance(module, _BatchNorm)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

@@ -1,0 +1,206 @@
+"""The local embeddings' networks: a 3-D ResNet or SlowFast for pictures, a 2-D ResNet for log-mel spectrograms.
+
+Sizes are given by `width` (channels of the stem) and `blocks` (bottlenecks of each stage); the published networks are
+width 64 and 32 with blocks (3, 4, 6, 3). All take a batch of segments and return one pooled vector a segment.
+Weights, and with them all maps, lie channels-last, which is faster in float32 and twice so in bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EXPANSION = 4  # a bottleneck's outputs per inner channel
+
+
+class VisualCNN(nn.Module):
+    """`slow50`: a 3-D ResNet with temporal kernels in the stem and in its later stages.
+
+    Args:
+        width: channels of the stem.
+        blocks: bottlenecks a stage; stages after the first halve height and width.
+    """
+
+    def __init__(self, width: int, blocks: Sequence[int]) -> None:
+        super().__init__()
+        self.outputs = width * EXPANSION * 2 ** (len(blocks) - 1)
+        self.stem = nn.Sequential(*conv3d(3, width, (5, 7, 7), (2, 2, 2)), nn.ReLU(inplace=True), pool3d())
+        self.stages = nn.ModuleList()
+        inputs = width
+        for index, count in enumerate(blocks):
+            inner, temporal, stride = width * 2 ** index, 1 if index < 2 else 3, 1 if index == 0 else 2
+            self.stages.append(stage3d(inputs, inner, count, temporal, stride))
+            inputs = inner * EXPANSION
+        self.to(memory_format=torch.channels_last_3d)
+
+    def forward(self, segments: Tensor) -> Tensor:
+        """(segments, 3, frames, height, width), uint8 or normalised floats -> (segments, outputs)."""
+        x = self.stem(normalized(segments))  # (segments, width, frames / 2, height / 4, width / 4)
+        for stage in self.stages:
+            x = stage(x)
+        return x.mean((2, 3, 4))
+
+
+class SlowFastCNN(nn.Module):
+    """`slowfast50`: SlowFast networks (Feichtenhofer et al., ICCV 2019, table 1), ResNet-50, alpha 8, beta 1/8.
+
+    The fast pathway sees every frame with an eighth of the channels, the slow one every eighth frame; after the stem
+    and after every stage but the last, a time-strided convolution brings the fast pathway's maps to the slow one.
+    At the published size, 2048 + 256 = 2304 features.
+
+    Args:
+        width: channels of the slow stem, a multiple of 8.
+        blocks: bottlenecks a stage, in both pathways.
+    """
+
+    ALPHA = 8  # frames of the fast pathway per frame of the slow one
+    BETA = 8   # channels of the slow pathway per channel of the fast one
+
+    def __init__(self, width: int, blocks: Sequence[int]) -> None:
+        super().__init__()
+        fast_width = width // self.BETA
+        self.outputs = (width + fast_width) * EXPANSION * 2 ** (len(blocks) - 1)
+        self.slow_stem = nn.Sequential(*conv3d(3, width, (1, 7, 7), (1, 2, 2)), nn.ReLU(inplace=True), pool3d())
+        self.fast_stem = nn.Sequential(*conv3d(3, fast_width, (5, 7, 7), (1, 2, 2)), nn.ReLU(inplace=True), pool3d())
+        self.laterals, self.slow_stages, self.fast_stages = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        slow, fast = width, fast_width
+        for index, count in enumerate(blocks):
+            lateral = 2 * fast
+            self.laterals.append(nn.Sequential(*conv3d(fast, lateral, (5, 1, 1), (self.ALPHA, 1, 1)),
+                                               nn.ReLU(inplace=True)))
+            stride, temporal = 1 if index == 0 else 2, 1 if index < 2 else 3
+            self.slow_stages.append(stage3d(slow + lateral, width * 2 ** index, count, temporal, stride))
+            self.fast_stages.append(stage3d(fast, fast_width * 2 ** index, count, 3, stride))
+            slow, fast = width * 2 ** index * EXPANSION, fast_width * 2 ** index * EXPANSION
+        self.to(memory_format=torch.channels_last_3d)
+
+    def forward(self, segments: Tensor) -> Tensor:
+        """(segments, 3, frames, height, width), uint8 or normalised floats -> (segments, outputs)."""
+        pixels = normalized(segments)
+        slow, fast = self.slow_stem(pixels[:, :, ::self.ALPHA]), self.fast_stem(pixels)
+        for lateral, slow_stage, fast_stage in zip(self.laterals, self.slow_stages, self.fast_stages, strict=True):
+            slow = slow_stage(torch.cat((slow, lateral(fast)), 1))
+            fast = fast_stage(fast)
+        return torch.cat((slow.mean((2, 3, 4)), fast.mean((2, 3, 4))), 1)
+
+
+class AudioCNN(nn.Module):
+    """`resnet50` on log-mel spectrograms; stem and first two stages treat frequency and time in turn.
+
+    Args:
+        width: channels of the stem.
+        blocks: bottlenecks a stage; every stage halves frequency and time.
+        stem_stride: of the stem, in both directions; 1 as published.
+    """
+
+    def __init__(self, width: int, blocks: Sequence[int], stem_stride: int) -> None:
+        super().__init__()
+        self.outputs = width * EXPANSION * 2 ** (len(blocks) - 1)
+        self.stem = nn.Sequential(
+            *conv2d(1, width, (9, 1), (stem_stride, 1)), nn.ReLU(inplace=True),
+            *conv2d(width, width, (1, 9), (1, stem_stride)), nn.ReLU(inplace=True))
+        self.stages = nn.ModuleList()
+        inputs = width
+        for index, count in enumerate(blocks):
+            inner = width * 2 ** index
+            self.stages.append(stage2d(inputs, inner, count, split=index < 2))
+            inputs = inner * EXPANSION
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, segments: Tensor) -> Tensor:
+        """(segments, 1, mels, frames) -> (segments, outputs)."""
+        x = self.stem(segments)
+        for stage in self.stages:
+            x = stage(x)
+        return x.mean((2, 3))
+
+
+class Residual(nn.Module):
+    """relu(branch(x) + shortcut(x))."""
+
+    def __init__(self, branch: nn.Module, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.branch, self.shortcut = branch, shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same rank in and out; channels and strides as the two parts have them."""
+        return F.relu(self.branch(x) + self.shortcut(x), inplace=True)
+
+
+class TimeConv3d(nn.Conv3d):
+    """A Conv3d that is right at every length.
+
+    On CPUs, a (3, 1, 1) kernel with padding (1, 0, 0) on exactly 2 frames has garbage weight gradients in bfloat16
+    (oneDNN). A third frame of zeros is what the padding would have been, and 3 frames are computed rightly.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, frames, height, width), as Conv3d."""
+        if x.shape[2] == 2 and self.kernel_size[0] > 1:
+            return super().forward(F.pad(x, (0, 0, 0, 0, 0, 1)))[:, :, :2]
+        return super().forward(x)
+
+
+def conv3d(inputs: int, outputs: int, kernel: tuple[int, int, int], stride: tuple[int, int, int] = (1, 1, 1),
+           ) -> list[nn.Module]:
+    """Convolution with "same" padding and He's start values, and BatchNorm."""
+    convolution = TimeConv3d(inputs, outputs, kernel, stride, tuple(size // 2 for size in kernel), bias=False)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    return [convolution, nn.BatchNorm3d(outputs)]
+
+
+def conv2d(inputs: int, outputs: int, kernel: tuple[int, int], stride: tuple[int, int] = (1, 1)) -> list[nn.Module]:
+    """Convolution with "same" padding and He's start values, and BatchNorm."""
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, tuple(size // 2 for size in kernel), bias=False)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    return [convolution, nn.BatchNorm2d(outputs)]
+
+
+def pool3d() -> nn.MaxPool3d:
+    """Halves height and width after a visual stem."""
+    return nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))
+
+
+def stage3d(inputs: int, inner: int, count: int, temporal: int, stride: int) -> nn.Sequential:
+    """`count` bottlenecks: temporal x 1 x 1, then 1 x 3 x 3 with the spatial stride, then 1 x 1 x 1."""
+    outputs = inner * EXPANSION
+    blocks = []
+    for index in range(count):
+        steps = (1, stride, stride) if index == 0 else (1, 1, 1)
+        branch = nn.Sequential(
+            *conv3d(inputs, inner, (temporal, 1, 1)), nn.ReLU(inplace=True),
+            *conv3d(inner, inner, (1, 3, 3), steps), nn.ReLU(inplace=True),
+            *conv3d(inner, outputs, (1, 1, 1)))
+        shortcut = nn.Sequential(*conv3d(inputs, outputs, (1, 1, 1), steps)) if index == 0 else nn.Identity()
+        blocks.append(Residual(branch, shortcut))
+        inputs = outputs
+    return nn.Sequential(*blocks)
+
+
+def stage2d(inputs: int, inner: int, count: int, split: bool) -> nn.Sequential:
+    """`count` bottlenecks, the first of stride 2; `split`: the 3 x 3 convolution as 3 x 1 and 1 x 3."""
+    outputs = inner * EXPANSION
+    blocks = []
+    for index in range(count):
+        step = 2 if index == 0 else 1
+        if split:
+            middle = [*conv2d(inner, inner, (3, 1), (step, 1)), nn.ReLU(inplace=True),
+                      *conv2d(inner, inner, (1, 3), (1, step))]
+        else:
+            middle = conv2d(inner, inner, (3, 3), (step, step))
+        branch = nn.Sequential(
+            *conv2d(inputs, inner, (1, 1)), nn.ReLU(inplace=True),
+            *middle, nn.ReLU(inplace=True),
+            *conv2d(inner, outputs, (1, 1)))
+        shortcut = nn.Sequential(*conv2d(inputs, outputs, (1, 1), (step, step))) if index == 0 else nn.Identity()
+        blocks.append(Residual(branch, shortcut))
+        inputs = outputs
+    return nn.Sequential(*blocks)
+
+
+def normalized(pixels: Tensor) -> Tensor:
+    """uint8 pixels to floats of about zero mean and unit deviation; floats have been normalised before."""
+    return (pixels / 255 - 0.45) / 0.225 if pixels.dtype == torch.uint8 else pixels

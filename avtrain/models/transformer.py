@@ -1,0 +1,128 @@
+"""The encoder: post-LayerNorm BERT layers, their weights shared across layers and across Transformers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from avtrain.config import ModelConfig
+from avtrain.models.lowrank import FoldedLinear, LowRankLinear, SharedLinear, rotation_of
+
+LAYER_NORM_EPS = 1e-12
+
+
+class FoldedLayer(NamedTuple):
+    """One layer's linear maps as one Transformer uses them."""
+
+    attention_in: FoldedLinear  # three maps: query, key, value
+    attention_out: FoldedLinear
+    feedforward_in: FoldedLinear
+    feedforward_out: FoldedLinear
+
+
+class TransformerLayer(nn.Module):
+    """One layer of one or of several Transformers.
+
+    Args:
+        config: sizes.
+        transformers: how many Transformers use this layer, each with rotations of its own if `config.rank` is set.
+    """
+
+    def __init__(self, config: ModelConfig, transformers: int) -> None:
+        super().__init__()
+        self.heads, self.dropout, self.transformers = config.heads, config.dropout, transformers
+
+        def linear(inputs: int, outputs: int, maps: int = 1) -> nn.Module:
+            if config.rank is None:
+                return SharedLinear(inputs, outputs, maps)
+            return LowRankLinear(inputs, outputs, config.rank, transformers, maps)
+
+        self.attention_in = linear(config.dimension, config.dimension, maps=3)
+        self.attention_out = linear(config.dimension, config.dimension)
+        self.attention_norm = nn.LayerNorm(config.dimension, eps=LAYER_NORM_EPS)
+        self.feedforward_in = linear(config.dimension, config.feedforward)
+        self.feedforward_out = linear(config.feedforward, config.dimension)
+        self.feedforward_norm = nn.LayerNorm(config.dimension, eps=LAYER_NORM_EPS)
+
+    def linears(self) -> list[nn.Module]:
+        """In the order of `FoldedLayer`."""
+        return [self.attention_in, self.attention_out, self.feedforward_in, self.feedforward_out]
+
+    def forward(self, x: Tensor, attend: Tensor, folded: FoldedLayer) -> Tensor:
+        """(batch, length, D), attend (batch, 1, 1, length) boolean -> (batch, length, D)."""
+        dropout = self.dropout if self.training else 0.0
+        query, key, value = folded.attention_in.apply(x).unflatten(-1, (self.heads, -1)).transpose(2, 3).unbind()
+        mixed = F.scaled_dot_product_attention(query, key, value, attend, dropout)  # (batch, heads, length, D / heads)
+        attended = folded.attention_out.apply(mixed.transpose(1, 2).flatten(2)).squeeze(0)
+        x = self.attention_norm(x + F.dropout(attended, dropout))
+        widened = F.gelu(folded.feedforward_in.apply(x).squeeze(0))  # (batch, length, feedforward)
+        narrowed = folded.feedforward_out.apply(widened).squeeze(0)
+        y: Tensor = self.feedforward_norm(x + F.dropout(narrowed, dropout))
+        return y
+
+
+class Encoder(nn.Module):
+    """The layers of all Transformers. A weight that is used in several places is registered once.
+
+    `stacks[s][l]` is a layer; with `share_transformers` there is one stack, with `share_layers` one layer a stack.
+
+    Args:
+        config: sizes and what is shared.
+        transformers: how many Transformers.
+    """
+
+    def __init__(self, config: ModelConfig, transformers: int) -> None:
+        super().__init__()
+        self.transformers, self.layers = transformers, config.layers
+        stacks = 1 if config.share_transformers else transformers
+        layers = 1 if config.share_layers else config.layers
+        self.stacks = nn.ModuleList(
+            nn.ModuleList(TransformerLayer(config, transformers // stacks) for _ in range(layers))
+            for _ in range(stacks))
+
+    def fold(self) -> list[list[FoldedLayer]]:
+        """Every Transformer's linear maps, [transformer][distinct layer]; once a forward, whatever the layers.
+
+        All rotations of the model are one batched matrix exponential.
+        """
+        layers = [layer for stack in self.stacks for layer in stack]
+        factored = [linear for layer in layers for linear in layer.linears() if isinstance(linear, LowRankLinear)]
+        rotations = {}
+        if factored:
+            skews = [linear.skew.flatten(0, 1) for linear in factored]
+            for linear, rotation in zip(factored, rotation_of(torch.cat(skews)).split([len(s) for s in skews]),
+                                        strict=True):
+                rotations[linear] = rotation.unflatten(0, linear.skew.shape[:2])
+        folded: list[list[FoldedLayer]] = []
+        for stack in self.stacks:
+            # by_layer[l][t]: layer l as the t-th Transformer of this stack uses it
+            by_layer = []
+            for layer in stack:
+                maps = [linear.fold(rotations[linear]) if linear in rotations else linear.fold(layer.transformers)
+                        for linear in layer.linears()]
+                by_layer.append([FoldedLayer(*of_one) for of_one in zip(*maps, strict=True)])
+            folded += [list(of_one) for of_one in zip(*by_layer, strict=True)]
+        return folded
+
+    def forward(self, x: Tensor, present: Tensor, transformer: int, folded: list[list[FoldedLayer]]) -> Tensor:
+        """Run one Transformer.
+
+        Args:
+            x: (batch, length, D).
+            present: (batch, length) boolean; a token that is not present is not attended to, and its output is 0.
+            transformer: which one.
+            folded: `self.fold()`, made once for all Transformers.
+
+        Returns:
+            (batch, length, D).
+        """
+        # A clip that has no token at all attends to all of its padding: a softmax over nothing would be NaN.
+        attend = (present | ~present.any(1, keepdim=True))[:, None, None]
+        stack = self.stacks[transformer if len(self.stacks) > 1 else 0]
+        for index in range(self.layers):
+            own = index % len(stack)
+            x = stack[own](x, attend, folded[transformer][own])
+        return x * present.unsqueeze(-1)
