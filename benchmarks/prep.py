@@ -16,7 +16,7 @@ from avprep.build import BuildOptions, build_split
 from avprep.logmel import log_mel
 from avprep.media import ffmpeg_path
 from avprep.spec import ClipSpec
-from benchmarks.table import Row
+from benchmarks import Row, share_of, times_faster
 
 _VIDEOS, _ROUNDS = 20, 2
 _SPEC = ClipSpec()
@@ -35,17 +35,12 @@ def run() -> list[Row]:
             bare.append(_cost(partial(_bare_ffmpeg, raw, Path(scratch))))
             one.append(_cost(partial(_build, raw, Path(scratch) / f"one{number}", 1)))
             two.append(_cost(partial(_build, raw, Path(scratch) / f"two{number}", 2)))
+    bare_s, one_s = (statistics.median(cost.cpu_s for cost in costs) / _VIDEOS for costs in (bare, one))
     return [
-        _row("clip: CPU time, against bare ffmpeg (decode, scale, encode; sound)", [cost.cpu_s / _VIDEOS for cost in one],
-             [cost.cpu_s / _VIDEOS for cost in bare], "<= 1.3"),
-        _row("20 clips: wall time of 2 workers, against 1 worker", [cost.wall_s for cost in two],
-             [cost.wall_s for cost in one], "<= 0.556"),  # 1 / 1.8
+        share_of("clip: CPU time / bare ffmpeg's (decode, scale, encode; sound)", "s", one_s, bare_s, 1.3),
+        times_faster("20 clips: wall time of 1 worker / 2 workers", statistics.median(cost.wall_s for cost in two),
+                     statistics.median(cost.wall_s for cost in one), 1.8),
     ]
-
-
-def _row(name: str, ours_s: list[float], baseline_s: list[float], bound: str) -> Row:
-    ratio = statistics.median(a / b for a, b in zip(ours_s, baseline_s, strict=True))
-    return Row(name, statistics.median(ours_s), statistics.median(baseline_s), "s", ratio, bound)
 
 
 def _make_videos(raw: Path) -> None:
@@ -55,8 +50,9 @@ def _make_videos(raw: Path) -> None:
         subprocess.run(
             [ffmpeg_path(), "-nostdin", "-loglevel", "error", "-y", "-f", "lavfi", "-i",
              f"mandelbrot=s=340x256:r=30:start_x=-0.74{number:02d},noise=alls=6:allf=t", "-f", "lavfi", "-i",
-             f"sine={200 + 20 * number}:r=44100:b=3", "-t", "30", "-c:v", "libx264", "-preset", "superfast", "-crf", "23",
-             "-pix_fmt", "yuv420p", "-c:a", "aac", "-ac", "2", str(raw / f"{number:02d}.mp4")], check=True)
+             f"sine={200 + 20 * number}:r=44100:b=3", "-t", "30", "-c:v", "libx264", "-preset", "superfast",
+             "-crf", "23", "-pix_fmt", "yuv420p", "-c:a", "aac", "-ac", "2",
+             str(raw / f"{number:02d}.mp4")], check=True)
 
 
 def _bare_ffmpeg(raw: Path, scratch: Path) -> None:
@@ -65,7 +61,8 @@ def _bare_ffmpeg(raw: Path, scratch: Path) -> None:
         subprocess.run([*quiet, "-an", "-vf", "fps=16,scale=-2:160:flags=bicubic", "-filter_threads", "1", "-c:v",
                         "libx264", "-preset", "veryfast", "-crf", "23", "-g", "32", "-threads", "1",
                         str(scratch / "bare.mp4")], check=True)
-        subprocess.run([*quiet, "-vn", "-ac", "1", "-ar", "44100", "-f", "f32le", str(scratch / "bare.f32")], check=True)
+        subprocess.run([*quiet, "-vn", "-ac", "1", "-ar", "44100", "-f", "f32le", str(scratch / "bare.f32")],
+                       check=True)
 
 
 def _build(raw: Path, out: Path, workers: int) -> None:
