@@ -216,10 +216,11 @@ class TokenEmbedding(nn.Module):
 def _statistics_kept(cnn: nn.Module) -> Iterator[None]:
     """The forward pass that is repeated for the backward pass must not count a second time in BatchNorm's averages."""
     norms = [module for module in cnn.modules() if isinstance(module, _BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
