@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ from redrawn import drawn
 from torch import Tensor
 
 import avtrain
-from avtrain.errors import AvtrainError
 from avtrain.models.avbert import AVBert, AVBertOutput
 from avtrain.released import load_released_heads
 
