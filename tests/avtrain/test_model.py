@@ -1,0 +1,232 @@
+"""The whole model: fusion, absent segments and modalities, bfloat16, activation checkpointing, compilation."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from avtrain.config import ModelConfig, read_config
+from avtrain.models.avbert import AVBert, AVBertOutput
+from avtrain.models.cnn import TimeConv3d
+
+SEGMENTS = 3
+
+
+def small(**changes: object) -> AVBert:
+    torch.manual_seed(0)
+    settings = {"visual_width": 8, "visual_blocks": (1, 1, 1), "audio_width": 4, "audio_blocks": (1, 1, 1),
+                "audio_stem_stride": 2, "dimension": 16, "layers": 2, "heads": 2, "feedforward": 32, "rank": 4,
+                "max_segments": 5, **changes}
+    model = AVBert(ModelConfig(**settings))  # type: ignore[arg-type]
+    for module in model.modules():  # running statistics that matter in eval mode
+        if isinstance(module, torch.nn.BatchNorm2d | torch.nn.BatchNorm3d):
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+    return model
+
+
+def clips(batch: int, segments: int = SEGMENTS, frames: int = 4) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(batch, segments, 3, frames, 24, 24), torch.randn(batch, segments, 1, 32, 32)
+
+
+def fields(output: AVBertOutput) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in output._asdict().items() if tensor is not None}
+
+
+def mask(*rows: str) -> Tensor:
+    return torch.tensor([[mark == "x" for mark in row] for row in rows])
+
+
+@pytest.mark.parametrize(("fusion", "absent"), [("mid", set()), ("early", {"visual_tokens", "audio_tokens"}),
+                                                ("late", {"multimodal_tokens"})])
+@pytest.mark.parametrize("visual", ["slow50", "slowfast50"])
+def test_shapes(fusion: str, absent: set[str], visual: str) -> None:
+    model = small(fusion=fusion, visual=visual)
+    output = fields(model(*clips(2)))
+    pooled = 8 * 4 * 4 + (4 * 4 if visual == "slowfast50" else 0)
+    shapes = {"visual_pooled": (2, 3, pooled), "audio_pooled": (2, 3, 64), "visual_local": (2, 3, 16),
+              "audio_local": (2, 3, 16), "visual_tokens": (2, 4, 16), "audio_tokens": (2, 4, 16),
+              "multimodal_tokens": (2, 8, 16)}
+    assert {name: tuple(tensor.shape) for name, tensor in output.items()} == {
+        name: shape for name, shape in shapes.items() if name not in absent}
+
+
+@pytest.mark.parametrize("fusion", ["early", "mid", "late"])
+@pytest.mark.parametrize("sharing", [(False, False, None), (True, True, None), (True, True, 4), (False, False, 4)])
+def test_a_clip_depends_on_nothing_but_itself(fusion: str, sharing: tuple[bool, bool, int | None]) -> None:
+    """Each clip alone, without padding, and without the modality that it lacks, gives what it gives in a batch."""
+    layers, transformers, rank = sharing
+    model = small(fusion=fusion, share_layers=layers, share_transformers=transformers, rank=rank).eval()
+    visual, audio = clips(5)
+    visual_present = mask("xxx", "xx.", "...", "x.x", "...")
+    audio_present = mask("xxx", "xx.", "xxx", "...", "...")
+    together = fields(model(visual, audio, visual_present, audio_present))
+    disturbed = fields(model(visual.masked_fill(~visual_present[..., None, None, None, None], torch.nan),
+                             audio.masked_fill(~audio_present[..., None, None, None], torch.nan),
+                             visual_present, audio_present))
+    for name, tensor in together.items():
+        assert torch.equal(tensor, disturbed[name]), name
+
+    def close(name: str, ours: Tensor, alone: Tensor) -> None:
+        torch.testing.assert_close(ours, alone, rtol=0, atol=1e-5, msg=name)
+
+    whole = fields(model(visual[:1], audio[:1]))
+    short = fields(model(visual[1:2, :2], audio[1:2, :2]))
+    silent = fields(model(visual[3:4], None, visual_present[3:4]))
+    blind = fields(model(None, audio[2:3]))
+    for name, tensor in together.items():
+        close(name, tensor[:1], whole[name])
+        close(name, tensor[2:3], blind[name])
+        close(name, tensor[3:4], silent[name])
+        kept = [0, 1, 2, 4, 5, 6] if name == "multimodal_tokens" else [0, 1, 2] if "tokens" in name else [0, 1]
+        close(name, tensor[1:2, kept], short[name])
+        dropped = [index for index in range(tensor.shape[1]) if index not in kept]
+        assert torch.count_nonzero(tensor[1, dropped]) == 0
+        assert torch.count_nonzero(tensor[4]) == 0
+        if name.startswith("visual"):
+            assert torch.count_nonzero(tensor[2]) == 0
+
+
+@pytest.mark.parametrize("fusion", ["early", "mid", "late"])
+def test_gradients_are_finite_whatever_is_absent(fusion: str) -> None:
+    model = small(fusion=fusion, dropout=0.1).train()
+    visual, audio = clips(4)
+    output = fields(model(visual, audio, mask("xxx", "...", "x..", "..."), mask("...", "xx.", "x..", "...")))
+    sum(tensor.square().sum() for tensor in output.values()).backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert len(gradients) > 50
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_absent_segments_stay_out_of_the_statistics() -> None:
+    masked, alone = small().train(), small().train()
+    visual, audio = clips(2)
+    masked(visual, audio, mask("x.x", "..."), mask("xxx", "x.."))
+    alone(visual[:1, [0, 2]], None)
+    alone(None, torch.cat((audio[0], audio[1, :1]))[None])
+    for name, tensor in masked.state_dict().items():
+        torch.testing.assert_close(tensor, alone.state_dict()[name], msg=name)
+
+
+def test_nothing_at_all_is_refused() -> None:
+    visual, audio = clips(2)
+    with pytest.raises(ValueError, match="visual or audio"):
+        small()(None, None)
+    with pytest.raises(ValueError, match=r"audio is \(2, 2"):
+        small()(visual, audio[:, :2])
+    with pytest.raises(ValueError, match="6 segments"):
+        small()(*clips(1, segments=6))
+
+
+def test_contextualize_takes_replaced_embeddings() -> None:
+    model = small().eval()
+    local, visual_present, audio_present = model.embed(*clips(2))
+    replaced = local.visual_local.clone()
+    replaced[0, 1] = 0.5
+    before = model.contextualize(local.visual_local, local.audio_local, visual_present, audio_present)
+    after = model.contextualize(replaced, local.audio_local, visual_present, audio_present)
+    assert not torch.allclose(before.visual_tokens[0], after.visual_tokens[0], atol=1e-3)
+    assert not torch.allclose(before.multimodal_tokens[0, 4:], after.multimodal_tokens[0, 4:], atol=1e-3)
+    assert torch.equal(before.audio_tokens, after.audio_tokens)
+    assert torch.equal(before.multimodal_tokens[1], after.multimodal_tokens[1])
+
+
+def test_pixels_may_be_bytes() -> None:
+    model = small().eval()
+    pixels = torch.randint(0, 256, (1, 2, 3, 4, 24, 24), dtype=torch.uint8)
+    normalized = (pixels.double() / 255 - 0.45) / 0.225
+    torch.testing.assert_close(model(pixels, None).visual_pooled, model(normalized.float(), None).visual_pooled)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 4])
+def test_temporal_convolution_is_right_in_bfloat16(frames: int) -> None:
+    """The weight gradient, where a plain Conv3d has garbage for 2 frames on some CPUs."""
+    torch.manual_seed(0)
+    layer = TimeConv3d(64, 32, (3, 1, 1), padding=(1, 0, 0), bias=False)
+    x, gradient = torch.randn(4, 64, frames, 7, 7), torch.randn(4, 32, frames, 7, 7)
+    for memory_format in (torch.contiguous_format, torch.channels_last_3d):
+        layer = layer.to(memory_format=memory_format)
+        layer.weight.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            output = layer(x.to(memory_format=memory_format))
+        output.backward(gradient.to(output.dtype))
+        exact_weight = layer.weight.detach().double().requires_grad_()
+        exact = torch.nn.functional.conv3d(x.double(), exact_weight, padding=(1, 0, 0))
+        exact.backward(gradient.double())
+        torch.testing.assert_close(output.double(), exact, rtol=0, atol=0.05)
+        assert exact_weight.grad is not None and layer.weight.grad is not None
+        difference = (layer.weight.grad.double() - exact_weight.grad).norm() / exact_weight.grad.norm()
+        assert difference < 0.02
+
+
+@pytest.mark.parametrize("visual", ["slow50", "slowfast50"])
+@pytest.mark.parametrize("frames", [2, 4, 8, 16, 32])
+def test_bfloat16_gradients_of_the_visual_network(visual: str, frames: int) -> None:
+    """At every segment length a preset or an option reaches, down to 2 frames inside the network."""
+    model = small(visual=visual, visual_blocks=(1, 1, 1, 1)).visual_cnn.eval()
+    pixels = torch.randn(2, 3, frames, 32, 32)
+    gradients = []
+    for bfloat16 in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            pooled = model(pixels)
+        pooled.float().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.dim() == 5])
+    for exact, rounded in zip(*gradients, strict=True):
+        assert (exact - rounded).norm() < 0.1 * exact.norm()
+
+
+def test_activation_checkpointing_changes_nothing() -> None:
+    """With as many segments at once as there are: the same gradients, and statistics counted once."""
+    plain = small(dropout=0.0).train()
+    recomputed = small(dropout=0.0, segments_at_once=2 * SEGMENTS).train()
+    for model in (plain, recomputed):
+        for _ in range(2):
+            model.zero_grad()
+            sum(tensor.square().mean() for tensor in fields(model(*clips(2))).values()).backward()
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(tensor, recomputed.state_dict()[name], msg=name)
+    assert int(recomputed.visual_cnn.stem[1].num_batches_tracked) == 2
+    for (name, ours), theirs in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+
+
+def test_activation_checkpointing_by_segment() -> None:
+    """BatchNorm's batch is then each chunk: one update of its statistics a chunk, and finite gradients."""
+    model = small(segments_at_once=2).train()
+    sum(tensor.square().mean() for tensor in fields(model(*clips(2))).values()).backward()
+    assert int(model.visual_cnn.stem[1].num_batches_tracked) == 3
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_compiled_encoder_equals_eager() -> None:
+    encoder = small(dropout=0.0).encoder
+    compiled = copy.deepcopy(encoder)
+    x, present = torch.randn(2, 4, 16), mask("xxxx", "xx..")
+
+    def run(module: torch.nn.Module, x: Tensor) -> Tensor:
+        folded = module.fold()  # type: ignore[operator]
+        return torch.stack([module(x, present, transformer, folded) for transformer in range(3)])
+
+    expected = run(encoder, x)
+    actual = torch.compile(run)(compiled, x)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    expected.square().sum().backward()
+    actual.square().sum().backward()
+    for (name, ours), theirs in zip(compiled.named_parameters(), encoder.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small"])
+def test_presets_see_motion(preset: str) -> None:
+    """Pictures in another order give another embedding: the visual network has temporal kernels that matter."""
+    config = read_config(preset)
+    torch.manual_seed(0)
+    cnn = AVBert(config.model).visual_cnn.eval()
+    pixels = torch.randn(1, 3, config.data.segment_frames, config.data.crop, config.data.crop)
+    with torch.no_grad():
+        forwards, backwards = cnn(pixels), cnn(pixels.flip(2))
+    assert (forwards - backwards).norm() > 0.02 * forwards.norm()
