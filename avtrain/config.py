@@ -96,10 +96,63 @@ class DataConfig:
     """Mel bands of an audio segment."""
     mel_frames: int = 128
     """Spectrogram frames of an audio segment."""
+    scale: tuple[int, ...] = (128, 160)
+    """Pixels that the short side is scaled to before the crop: drawn between these two for each clip in training; the
+    first in evaluation."""
+    frequency_mask: float = 0.05
+    """Largest share of the mel bands that is masked in training."""
+    time_mask: float = 0.05
+    """Largest share of a segment's time that is masked in training."""
+    shards_at_once: int = 8
+    """Clips are shuffled among this many shards at a time."""
+    workers: int = 2
+    """Processes that make batches; 0: none beside the training's own."""
 
     def __post_init__(self) -> None:
-        for name in ("segments", "segment_frames", "crop", "mels", "mel_frames"):
+        for name in ("segments", "segment_frames", "crop", "mels", "mel_frames", "shards_at_once"):
             _check(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "at least 1")
+        _check(len(self.scale) == 2 and self.crop <= self.scale[0] <= self.scale[1], "data.scale", self.scale,
+               f"[shortest, longest], both at least data.crop ({self.crop})")
+        for name in ("frequency_mask", "time_mask"):
+            _check(0 <= getattr(self, name) <= 1, f"data.{name}", getattr(self, name), "between 0 and 1")
+        _check(self.workers >= 0, "data.workers", self.workers, "at least 0")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Optimiser, schedule, and when to look at the run."""
+
+    batch_size: int = 256
+    """Clips of an optimiser step, over all ranks and accumulated parts."""
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after the other; negatives come from within a part."""
+    steps: int = 220_000
+    """Optimiser steps of the whole run: the schedule's length."""
+    learning_rate: float = 1e-4
+    """At the end of the warm-up."""
+    warmup: float = 0.05
+    """Share of the steps in which the rate rises from 0; then it falls to 0 along a cosine."""
+    weight_decay: float = 1e-4
+    """AdamW's, on all but norms and biases."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0: never."""
+    evaluate_every: int = 5000
+    """Steps between evaluations on held-out clips."""
+    save_every: int = 1000
+    """Steps between checkpoints."""
+    keep: int = 3
+    """Checkpoints that are kept, the last ones."""
+    seed: int = 0
+    """Decides order, views, masks, negatives, dropout and start weights."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "steps", "evaluate_every", "save_every", "keep"):
+            _check(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
+        for name in ("learning_rate", "weight_decay", "clip_norm", "seed"):
+            _check(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "at least 0")
+        _check(0 <= self.warmup < 1, "training.warmup", self.warmup, "at least 0 and under 1")
+        _check(self.batch_size % self.accumulate == 0, "training.batch_size", self.batch_size,
+               f"a multiple of training.accumulate ({self.accumulate})")
 
 
 @dataclass(frozen=True)
@@ -108,6 +161,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
         _check(self.data.segments <= self.model.max_segments, "data.segments", self.data.segments,

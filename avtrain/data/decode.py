@@ -1,0 +1,81 @@
+"""Members of a sample -> arrays: pictures as YUV planes, the log-mel as it was stored."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+_BT709 = 1  # colour space in ffmpeg's numbering
+
+
+class ClipUnreadable(Exception):
+    """A sample whose members can't be decoded."""
+
+
+@dataclass(frozen=True)
+class Planes:
+    """Frames of a clip in YUV 4:2:0, limited range: luma (frames, height, width), chroma (frames, 2, height / 2,
+    width / 2), uint8; `bt709` tells the colour matrix."""
+
+    luma: NDArray[np.uint8]
+    chroma: NDArray[np.uint8]
+    bt709: bool
+
+
+def decode_frames(mp4: bytes, step: int, first: int = 0, last: int | None = None) -> Planes:
+    """Every `step`-th frame of [first, last), by one thread and without conversion.
+
+    Decoding starts at the keyframe before `first`.
+
+    Raises:
+        ClipUnreadable: the bytes are no video, or hold no such frame.
+    """
+    luma, chroma, bt709 = [], [], False
+    try:
+        with av.open(io.BytesIO(mp4), "r") as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "NONE"
+            assert stream.average_rate is not None and stream.time_base is not None
+            ticks_per_frame = float(1 / (stream.average_rate * stream.time_base))
+            if first:
+                container.seek(round(first * ticks_per_frame), stream=stream)
+            for frame in container.decode(stream):
+                assert frame.pts is not None
+                number = round(frame.pts / ticks_per_frame)
+                if last is not None and number >= last:
+                    break
+                if number >= first and (number - first) % step == 0:
+                    bt709 = frame.colorspace == _BT709
+                    luma.append(_plane(frame.planes[0]))
+                    chroma.append(np.stack([_plane(frame.planes[1]), _plane(frame.planes[2])]))
+    except (av.error.FFmpegError, IndexError) as error:
+        raise ClipUnreadable(f"its video can't be decoded: {error}") from error
+    if not luma:
+        raise ClipUnreadable("its video has no such frames")
+    return Planes(np.stack(luma), np.stack(chroma), bt709)
+
+
+def _plane(plane: Any) -> NDArray[np.uint8]:
+    """The plane without the padding of its lines: (height, width), a copy, for the decoder reuses its memory."""
+    lines: NDArray[np.uint8] = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+    return lines[:plane.height, :plane.width].copy()
+
+
+def decode_log_mel(content: bytes) -> NDArray[np.float16]:
+    """(mels, frames) float16.
+
+    Raises:
+        ClipUnreadable: not such an array.
+    """
+    try:
+        array = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ClipUnreadable(f"its log-mel can't be read: {error}") from error
+    if array.ndim != 2 or array.dtype != np.float16:
+        raise ClipUnreadable(f"its log-mel is {array.dtype} {array.shape}")
+    return np.asarray(array, np.float16)

@@ -1,0 +1,195 @@
+"""Joins order, decoding and augmentation: shards -> batches of clips."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from avtrain.config import DataConfig
+from avtrain.data.augment import centre_view, masked_log_mel, pixels, random_view
+from avtrain.data.decode import ClipUnreadable, decode_frames, decode_log_mel
+from avtrain.data.order import ClipPlace
+from avtrain.data.shards import ShardFolder, ShardReader
+from avtrain.errors import AvtrainError
+
+_MOST_UNREADABLE = 0.01
+
+
+@dataclass
+class Batch:
+    """Clips of one batch. What is absent is marked in the presence masks and zero in the tensors.
+
+    Attributes:
+        visual: (batch, segments, 3, frames, height, width) uint8.
+        audio: (batch, segments, 1, mels, frames) float32 log-mel.
+        visual_present, audio_present: (batch, segments) boolean.
+        labels: indices of each clip's classes.
+        keys: of the clips.
+        unreadable: one line for every clip that is missing here because it could not be decoded.
+    """
+
+    visual: Tensor
+    audio: Tensor
+    visual_present: Tensor
+    audio_present: Tensor
+    labels: list[list[int]]
+    keys: list[str]
+    unreadable: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Clip:
+    key: str
+    visual: Tensor
+    audio: Tensor
+    visual_present: Tensor
+    audio_present: Tensor
+    labels: list[int]
+
+
+def check_spec(folder: ShardFolder, config: DataConfig) -> int:
+    """How many stored frames there are for each frame that the model sees.
+
+    Raises:
+        AvtrainError: names what the shards have and what the model wants.
+    """
+    spec = folder.spec
+    for name, wanted in (("mel_bands", config.mels), ("mel_frames", config.mel_frames)):
+        if spec[name] != wanted:
+            raise AvtrainError(f"the shards have {name} {spec[name]}, the model wants {wanted}: set data.mels and "
+                               "data.mel_frames to fit, or build other shards")
+    step, rest = divmod(int(spec["segment_frames"]), config.segment_frames)
+    if rest or not step:
+        raise AvtrainError(f"the shards have segments of {spec['segment_frames']} frames, the model wants "
+                           f"{config.segment_frames}: data.segment_frames must divide the shards' number")
+    return step
+
+
+class ClipDataset(Dataset[Any]):
+    """(place, epoch) -> clip. Map-style: the order is the batch sampler's, and the same on any number of workers.
+
+    Args:
+        folder: the shards.
+        config: what a clip of the batch looks like.
+        seed: with the epoch and the clip's place, decides its view; None: the fixed view of evaluation.
+    """
+
+    def __init__(self, folder: ShardFolder, config: DataConfig, seed: int | None) -> None:
+        self._step = check_spec(folder, config)
+        self._folder, self._config, self._seed = folder, config, seed
+        self._reader: ShardReader | None = None
+
+    def __getitem__(self, at: tuple[ClipPlace, int]) -> _Clip | str:
+        place, epoch = at
+        self._reader = self._reader or ShardReader(self._folder)  # opened in the worker, not before it is forked
+        key, members = self._reader.read(*place)
+        random = None if self._seed is None else np.random.default_rng([self._seed, epoch, *place])
+        try:
+            return self._clip(key, members, random)
+        except (ClipUnreadable, KeyError, ValueError) as error:
+            return f"{self._folder.shards[place.shard].url}: {key}: {error}"
+
+    def _clip(self, key: str, members: dict[str, bytes], random: np.random.Generator | None) -> _Clip:
+        config, spec = self._config, self._folder.spec
+        info = json.loads(members["json"])
+        there = max(info["frames"] // spec["segment_frames"], info["mel_frames"] // spec["mel_frames"], 1)
+        count = min(there, config.segments)
+        first = int(random.integers(there - count + 1)) if random is not None else 0
+        visual, visual_present = self._visual(members.get("mp4"), info["frames"], first, count, random)
+        audio, audio_present = self._audio(members.get("logmel.npy"), first, count, random)
+        return _Clip(key, visual, audio, visual_present, audio_present, info["labels"])
+
+    def _visual(self, mp4: bytes | None, frames: int, first: int, count: int,
+                random: np.random.Generator | None) -> tuple[Tensor, Tensor]:
+        config, length = self._config, int(self._folder.spec["segment_frames"])
+        view = (centre_view(config.crop, config.scale) if random is None
+                else random_view(config.crop, config.scale, random))
+        visual = torch.zeros(config.segments, 3, config.segment_frames, config.crop, config.crop, dtype=torch.uint8)
+        present = torch.zeros(config.segments, dtype=torch.bool)
+        # A video shorter than a segment still gives one: its last frame is held.
+        whole = min(count, max(frames // length - first, int(first == 0)))
+        if mp4 is None or whole <= 0:
+            return visual, present
+        rgb = pixels(decode_frames(mp4, self._step, first * length, (first + whole) * length), view, config.crop)
+        lacking = whole * config.segment_frames - len(rgb)
+        if lacking > 0:
+            rgb = torch.cat((rgb, rgb[-1:].expand(lacking, -1, -1, -1)))
+        visual[:whole] = rgb.unflatten(0, (whole, config.segment_frames)).transpose(1, 2)
+        present[:whole] = True
+        return visual, present
+
+    def _audio(self, log_mel: bytes | None, first: int, count: int,
+               random: np.random.Generator | None) -> tuple[Tensor, Tensor]:
+        config = self._config
+        audio = torch.zeros(config.segments, 1, config.mels, config.mel_frames)
+        present = torch.zeros(config.segments, dtype=torch.bool)
+        if log_mel is None:
+            return audio, present
+        spectrogram = decode_log_mel(log_mel)[:, first * config.mel_frames:]
+        whole = min(count, max(spectrogram.shape[1] // config.mel_frames, int(first == 0)))
+        if whole <= 0:
+            return audio, present
+        spectrogram = spectrogram[:, :whole * config.mel_frames].astype(np.float32)
+        # Sound shorter than a segment is filled with zeros, as in the authors' transform.
+        spectrogram = np.pad(spectrogram, ((0, 0), (0, whole * config.mel_frames - spectrogram.shape[1])))
+        segments = spectrogram.reshape(config.mels, whole, config.mel_frames).transpose(1, 0, 2)
+        if random is not None:
+            segments = masked_log_mel(segments, config.frequency_mask, config.time_mask, random)
+        audio[:whole, 0] = torch.from_numpy(np.ascontiguousarray(segments))
+        present[:whole] = True
+        return audio, present
+
+
+def collate(clips: Sequence[_Clip | str]) -> Batch:
+    """One batch from clips, leaving out what could not be decoded."""
+    good = [clip for clip in clips if isinstance(clip, _Clip)]
+    unreadable = [clip for clip in clips if isinstance(clip, str)]
+    if not good:
+        raise AvtrainError(f"not one clip of a batch could be decoded; the first: {unreadable[0]}")
+    return Batch(*(torch.stack([getattr(clip, name) for clip in good])
+                   for name in ("visual", "audio", "visual_present", "audio_present")),
+                 [clip.labels for clip in good], [clip.key for clip in good], unreadable)
+
+
+def batches(dataset: ClipDataset, places: Sequence[Sequence[ClipPlace]], epoch: int, workers: int) -> Iterator[Batch]:
+    """The batches of these places in order, made ahead by worker processes (0: in this one)."""
+    loader = DataLoader(
+        dataset, batch_sampler=[[(place, epoch) for place in batch] for batch in places], collate_fn=collate,
+        num_workers=workers, prefetch_factor=2 if workers else None,
+        worker_init_fn=_one_thread if workers else None)
+    yield from loader
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+class UnreadableCount:
+    """Counts clips that could not be decoded over a run.
+
+    Args:
+        clips: how many there are an epoch.
+    """
+
+    def __init__(self, clips: int) -> None:
+        self._most = _MOST_UNREADABLE * clips
+        self.names: set[str] = set()
+
+    def add(self, unreadable: list[str]) -> None:
+        """Remember these.
+
+        Raises:
+            AvtrainError: by now they are more than 1 % of the clips; lists them.
+        """
+        self.names.update(unreadable)
+        if len(self.names) > self._most:
+            listed = "\n  ".join(sorted(self.names)[:20])
+            raise AvtrainError(f"{len(self.names)} clips can't be decoded, more than 1 % of the data: run `avprep verify` "
+                               f"and build the shards again.\n  {listed}")

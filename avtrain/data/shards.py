@@ -1,0 +1,187 @@
+"""Folders of shards as `avprep` wrote them: their index, checked, and random access to the clips (shards/README.md)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin
+
+from avtrain.errors import AvtrainError
+
+FORMAT, FORMAT_VERSION = "avprep-shards", 1
+_DOWNLOAD_TIMEOUT_S = 60
+_OPEN_SHARDS = 64
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: where it is (a path or an http(s) address), how many clips it has, and its checksum."""
+
+    url: str
+    clips: int
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardFolder:
+    """One or several indexes of the same spec and classes, as one list of shards."""
+
+    shards: tuple[Shard, ...]
+    spec: dict[str, Any]
+    classes: tuple[str, ...]
+    multi_label: bool
+    fingerprint: str
+    """A hash over the shards' checksums: names the data in reports."""
+
+    @property
+    def clips(self) -> int:
+        """All clips."""
+        return sum(shard.clips for shard in self.shards)
+
+
+def open_folders(locations: list[str]) -> ShardFolder:
+    """Read the indexes of folders of shards.
+
+    Args:
+        locations: folders with an `index.json`, or http(s) addresses of such folders or of the index itself.
+
+    Raises:
+        AvtrainError: a folder without an index, of an unknown format, or not of the same spec and classes as the first.
+    """
+    first: dict[str, Any] | None = None
+    shards: list[Shard] = []
+    for location in locations:
+        address, index = _read_index(location)
+        first = first or index
+        for what in ("spec", "classes"):
+            if index[what] != first[what]:
+                raise AvtrainError(f"{address}: its {what} differ from that of {locations[0]}: "
+                                   f"{_difference(index[what], first[what])}")
+        shards += [Shard(_beside(address, entry["url"]), entry["nsamples"], entry["filesize"], entry["sha256"])
+                   for entry in index["shardlist"]]
+    if first is None or not shards:
+        raise AvtrainError(f"no clips in {', '.join(locations) or 'an empty list of folders'}")
+    fingerprint = hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()[:16]
+    return ShardFolder(tuple(shards), first["spec"], tuple(first["classes"]), first["multi_label"], fingerprint)
+
+
+def _is_remote(location: str) -> bool:
+    return location.startswith(("http://", "https://"))
+
+
+def _beside(address: str, name: str) -> str:
+    """The address of a shard, which lies beside its index."""
+    if "/" in name or name.startswith("."):
+        raise AvtrainError(f"{address}: the shard {name!r} does not lie beside its index")
+    return urljoin(address, name) if _is_remote(address) else str(Path(address).parent / name)
+
+
+def _read_index(location: str) -> tuple[str, dict[str, Any]]:
+    if _is_remote(location):
+        address = location if location.endswith(".json") else location.rstrip("/") + "/index.json"
+        try:
+            with urllib.request.urlopen(address, timeout=_DOWNLOAD_TIMEOUT_S) as response:
+                text = response.read().decode()
+        except (urllib.error.URLError, TimeoutError) as error:
+            raise AvtrainError(f"{address}: {error}") from error
+    else:
+        path = Path(location) if location.endswith(".json") else Path(location) / "index.json"
+        address = str(path)
+        if not path.is_file():
+            raise AvtrainError(f"no {path}: name folders that `avprep build` has finished, such as shards/demo/train")
+        text = path.read_text(encoding="utf-8")
+    try:
+        index = json.loads(text)
+    except ValueError as error:
+        raise AvtrainError(f"{address} is not a readable index: {error}") from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise AvtrainError(f"{address} is not an index of avprep shards")
+    if index["format_version"] != FORMAT_VERSION:
+        raise AvtrainError(f"{address} has format version {index['format_version']}, this avtrain reads "
+                           f"{FORMAT_VERSION}: use the avtrain that goes with the avprep that wrote it")
+    return address, index
+
+
+def _difference(one: Any, other: Any) -> str:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return ", ".join(f"{name} {one.get(name)} and {other.get(name)}" for name in one if one[name] != other.get(name))
+    return f"{len(one)} and {len(other)} entries" if len(one) != len(other) else "other names or another order"
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a file lies in a tar."""
+
+    offset: int
+    size: int
+
+
+class ShardReader:
+    """Reads clips by (shard number, position in the shard). One a process; keeps a few files open."""
+
+    def __init__(self, folder: ShardFolder) -> None:
+        self._folder = folder
+        self._open = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
+
+    def read(self, shard: int, position: int) -> tuple[str, dict[str, bytes]]:
+        """The key of a clip and the bytes of its members by ending.
+
+        Raises:
+            AvtrainError: the shard is missing, or is not what its index says.
+        """
+        file, clips = self._open(shard)
+        key, members = clips[position]
+        return key, {ending: os.pread(file.fileno(), member.size, member.offset) for ending, member in members.items()}
+
+    def _open_shard(self, number: int) -> tuple[Any, list[tuple[str, dict[str, Member]]]]:
+        shard = self._folder.shards[number]
+        path = _download(shard) if _is_remote(shard.url) else Path(shard.url)
+        try:
+            file = path.open("rb")
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                members = [(tarinfo.name, Member(tarinfo.offset_data, tarinfo.size)) for tarinfo in tar]
+        except (OSError, tarfile.TarError) as error:
+            raise AvtrainError(f"{path} can't be read as a tar: {error}") from error
+        clips: list[tuple[str, dict[str, Member]]] = []
+        for name, member in members:
+            key, _, ending = name.partition(".")
+            if not clips or clips[-1][0] != key:
+                clips.append((key, {}))
+            clips[-1][1][ending] = member
+        if len(clips) != shard.clips:
+            raise AvtrainError(f"{path} has {len(clips)} clips, its index says {shard.clips}: run `avprep verify`")
+        return file, clips
+
+
+def _download(shard: Shard) -> Path:
+    """The shard in the cache folder (AVTRAIN_CACHE, or the system's temporary folder), checked against its checksum."""
+    cache = Path(os.environ.get("AVTRAIN_CACHE", Path(tempfile.gettempdir()) / "avtrain-cache"))
+    cache.mkdir(parents=True, exist_ok=True)
+    path = cache / f"{shard.sha256}.tar"
+    if path.is_file() and path.stat().st_size == shard.size:
+        return path
+    part = path.with_suffix(f".{os.getpid()}.part")
+    digest = hashlib.sha256()
+    try:
+        with urllib.request.urlopen(shard.url, timeout=_DOWNLOAD_TIMEOUT_S) as response, part.open("wb") as file:
+            while block := response.read(1 << 20):
+                digest.update(block)
+                file.write(block)
+        if digest.hexdigest() != shard.sha256:
+            raise AvtrainError(f"{shard.url}: its checksum is not the one in its index")
+        part.replace(path)
+    except (urllib.error.URLError, TimeoutError) as error:
+        raise AvtrainError(f"{shard.url}: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return path

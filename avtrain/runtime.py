@@ -1,0 +1,62 @@
+"""Where and how precisely things are computed: device, autocast, seeds."""
+
+from __future__ import annotations
+
+import random
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from avtrain.errors import AvtrainError
+
+PRECISIONS = ("auto", "bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Device, number type of autocast (None: float32 throughout)."""
+
+    device: torch.device
+    autocast_dtype: torch.dtype | None
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context that forward passes run in."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)
+
+
+def choose_runtime(device: str | None, precision: str) -> Runtime:
+    """The device (None: a GPU if there is one) and precision (auto: bfloat16 where the hardware has it).
+
+    Raises:
+        AvtrainError: there is no such device.
+    """
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise AvtrainError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    fast = torch.cuda.is_bf16_supported() if chosen.type == "cuda" else _cpu_has_bfloat16()
+    use = precision == "bfloat16" or (precision == "auto" and fast)
+    return Runtime(chosen, torch.bfloat16 if use else None)
+
+
+def _cpu_has_bfloat16() -> bool:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return any("avx512_bf16" in line or "amx_bf16" in line for line in file)
+    except OSError:
+        return False
+
+
+def seed_everything(seed: int) -> torch.Generator:
+    """Seed the global generators (start weights, dropout) and return one for all that is drawn by hand."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed + 1)
+
+
