@@ -34,13 +34,13 @@ class View:
     flip: bool
 
 
-def random_view(crop: int, scale: tuple[int, int], random: Generator) -> View:
-    """Short side scaled to a length drawn from `scale`, a `crop` square anywhere, flipped half the time (paper, 4.1)."""
-    short_side = random.uniform(*scale)
+def random_view(crop: int, scale: tuple[int, ...], random: Generator) -> View:
+    """Short side scaled to a length drawn from `scale`, a `crop` square anywhere, flipped half the time."""
+    short_side = float(random.uniform(scale[0], scale[1]))
     return View(min(1.0, crop / short_side), random.uniform(), random.uniform(), bool(random.random() < 0.5))
 
 
-def centre_view(crop: int, scale: tuple[int, int]) -> View:
+def centre_view(crop: int, scale: tuple[int, ...]) -> View:
     """The view of evaluation: the lower end of `scale`, the centre."""
     return View(min(1.0, crop / scale[0]), 0.5, 0.5, False)
 
@@ -60,8 +60,8 @@ def pixels(planes: Planes, view: View, crop: int) -> Tensor:
     matrix = torch.tensor(_BT709 if planes.bt709 else _BT601)
     offset = matrix @ torch.tensor([16.0, 128.0, 128.0])
     rgb = torch.baddbmm(-offset[:, None], matrix.expand(len(yuv), 3, 3), yuv.flatten(2)).unflatten(2, (crop, crop))
-    rgb = rgb.round_().clamp_(0, 255).byte()
-    return rgb.flip(-1) if view.flip else rgb
+    whole: Tensor = rgb.round_().clamp_(0, 255).byte()
+    return whole.flip(-1) if view.flip else whole
 
 
 def _resized(plane: Tensor, top: float, left: float, side: float, crop: int) -> Tensor:
@@ -86,7 +86,7 @@ def masked_log_mel(segments: NDArray[np.float32], frequency_share: float, time_s
         length = segments.shape[axis]
         size = int(random.integers(0, int(share * length) + 1))
         start = int(random.integers(0, length - size + 1))
-        window = [slice(None)] * 3
+        window = [slice(None), slice(None), slice(None)]
         window[axis] = slice(start, start + size)
         masked[tuple(window)] = mean
     return masked

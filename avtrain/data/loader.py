@@ -132,11 +132,11 @@ class ClipDataset(Dataset[Any]):
         present = torch.zeros(config.segments, dtype=torch.bool)
         if log_mel is None:
             return audio, present
-        spectrogram = decode_log_mel(log_mel)[:, first * config.mel_frames:]
+        spectrogram = decode_log_mel(log_mel)[:, first * config.mel_frames:].astype(np.float32)
         whole = min(count, max(spectrogram.shape[1] // config.mel_frames, int(first == 0)))
         if whole <= 0:
             return audio, present
-        spectrogram = spectrogram[:, :whole * config.mel_frames].astype(np.float32)
+        spectrogram = spectrogram[:, :whole * config.mel_frames]
         # Sound shorter than a segment is filled with zeros, as in the authors' transform.
         spectrogram = np.pad(spectrogram, ((0, 0), (0, whole * config.mel_frames - spectrogram.shape[1])))
         segments = spectrogram.reshape(config.mels, whole, config.mel_frames).transpose(1, 0, 2)
@@ -153,8 +153,9 @@ def collate(clips: Sequence[_Clip | str]) -> Batch:
     unreadable = [clip for clip in clips if isinstance(clip, str)]
     if not good:
         raise AvtrainError(f"not one clip of a batch could be decoded; the first: {unreadable[0]}")
-    return Batch(*(torch.stack([getattr(clip, name) for clip in good])
-                   for name in ("visual", "audio", "visual_present", "audio_present")),
+    return Batch(torch.stack([clip.visual for clip in good]), torch.stack([clip.audio for clip in good]),
+                 torch.stack([clip.visual_present for clip in good]),
+                 torch.stack([clip.audio_present for clip in good]),
                  [clip.labels for clip in good], [clip.key for clip in good], unreadable)
 
 
@@ -191,5 +192,5 @@ class UnreadableCount:
         self.names.update(unreadable)
         if len(self.names) > self._most:
             listed = "\n  ".join(sorted(self.names)[:20])
-            raise AvtrainError(f"{len(self.names)} clips can't be decoded, more than 1 % of the data: run `avprep verify` "
-                               f"and build the shards again.\n  {listed}")
+            raise AvtrainError(f"{len(self.names)} clips can't be decoded, more than 1 % of the data: run "
+                               f"`avprep verify` and build the shards again.\n  {listed}")

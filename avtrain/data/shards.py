@@ -19,7 +19,7 @@ from avtrain.errors import AvtrainError
 
 FORMAT, FORMAT_VERSION = "avprep-shards", 1
 _DOWNLOAD_TIMEOUT_S = 60
-_OPEN_SHARDS = 64
+_REMEMBERED_SHARDS = 64
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ def _read_index(location: str) -> tuple[str, dict[str, Any]]:
 
 def _difference(one: Any, other: Any) -> str:
     if isinstance(one, dict) and isinstance(other, dict):
-        return ", ".join(f"{name} {one.get(name)} and {other.get(name)}" for name in one if one[name] != other.get(name))
+        return ", ".join(f"{name} {value} and {other.get(name)}" for name, value in one.items()
+                         if value != other.get(name))
     return f"{len(one)} and {len(other)} entries" if len(one) != len(other) else "other names or another order"
 
 
@@ -127,11 +128,11 @@ class Member:
 
 
 class ShardReader:
-    """Reads clips by (shard number, position in the shard). One a process; keeps a few files open."""
+    """Reads clips by (shard number, position in the shard). Remembers where they lie in the shards used last."""
 
     def __init__(self, folder: ShardFolder) -> None:
         self._folder = folder
-        self._open = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
+        self._contents = lru_cache(maxsize=_REMEMBERED_SHARDS)(self._list_shard)
 
     def read(self, shard: int, position: int) -> tuple[str, dict[str, bytes]]:
         """The key of a clip and the bytes of its members by ending.
@@ -139,16 +140,17 @@ class ShardReader:
         Raises:
             AvtrainError: the shard is missing, or is not what its index says.
         """
-        file, clips = self._open(shard)
+        path, clips = self._contents(shard)
         key, members = clips[position]
-        return key, {ending: os.pread(file.fileno(), member.size, member.offset) for ending, member in members.items()}
+        with path.open("rb") as file:
+            return key, {ending: os.pread(file.fileno(), member.size, member.offset)
+                         for ending, member in members.items()}
 
-    def _open_shard(self, number: int) -> tuple[Any, list[tuple[str, dict[str, Member]]]]:
+    def _list_shard(self, number: int) -> tuple[Path, list[tuple[str, dict[str, Member]]]]:
         shard = self._folder.shards[number]
         path = _download(shard) if _is_remote(shard.url) else Path(shard.url)
         try:
-            file = path.open("rb")
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+            with tarfile.open(path, "r:") as tar:
                 members = [(tarinfo.name, Member(tarinfo.offset_data, tarinfo.size)) for tarinfo in tar]
         except (OSError, tarfile.TarError) as error:
             raise AvtrainError(f"{path} can't be read as a tar: {error}") from error
@@ -160,7 +162,7 @@ class ShardReader:
             clips[-1][1][ending] = member
         if len(clips) != shard.clips:
             raise AvtrainError(f"{path} has {len(clips)} clips, its index says {shard.clips}: run `avprep verify`")
-        return file, clips
+        return path, clips
 
 
 def _download(shard: Shard) -> Path:

@@ -1,0 +1,194 @@
+"""Shards to batches: the order, exactly once; pixels against PyAV's own; what is absent; what is broken."""
+
+import functools
+import http.server
+import io
+import json
+import shutil
+import tarfile
+import threading
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from avtrain.config import DataConfig
+from avtrain.data.augment import View, masked_log_mel, pixels
+from avtrain.data.decode import decode_frames
+from avtrain.data.loader import ClipDataset, UnreadableCount, batches, check_spec
+from avtrain.data.order import batches_of, epoch_order, fixed_order
+from avtrain.data.shards import ShardReader, open_folders
+from avtrain.errors import AvtrainError
+
+TINY = DataConfig(segment_frames=8, crop=40, scale=(46, 56))
+
+
+@pytest.fixture(scope="module")
+def folders(small_demo, avprep, tmp_path_factory):
+    """The small demo's train split in ten shards, and its test split."""
+    out = tmp_path_factory.mktemp("shards")
+    done = avprep("build", "--dataset", "demo", "--raw", small_demo, "--out", out, "--shard-mb", 1.5, "--split", "all")
+    assert done.returncode == 0, done.stderr
+    return out / "demo" / "train", out / "demo" / "test"
+
+
+@pytest.fixture(scope="module")
+def mixed(media, avprep, tmp_path_factory):
+    """Real clips: with and without sound or picture, long and short."""
+    root = tmp_path_factory.mktemp("mixed")
+    (root / "raw").mkdir()
+    for name in ("pancake.mkv", "mmaction_demo.mp4", "h265.mp4", "bigbuckbunny.mp4", "nasa.mp4"):
+        shutil.copy(media / name, root / "raw")
+    shutil.copy(media / "esc10" / "001 - Dog bark" / "1-100032-A.ogg", root / "raw")
+    done = avprep("build", "--dataset", "folder", "--raw", root / "raw", "--out", root)
+    assert done.returncode == 0, done.stderr
+    return root / "folder" / "train"
+
+
+def _all(folder, places, workers, epoch=0, seed=0):
+    return list(batches(ClipDataset(folder, TINY, seed), places, epoch, workers))
+
+
+@pytest.mark.parametrize("shards", [[5], [1] * 7, [400, 3, 0, 1, 250], [7] * 40])
+def test_every_clip_once_an_epoch_and_never_the_same_order(shards):
+    orders = [epoch_order(shards, seed, epoch, 8) for seed in (0, 1) for epoch in (0, 1)]
+    for order in orders:
+        assert sorted(order) == fixed_order(shards)
+    assert orders == [epoch_order(shards, seed, epoch, 8) for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("clips", [1, 5, 64, 97])
+def test_ranks_share_an_epoch_and_take_the_same_number_of_steps(ranks, clips):
+    order = fixed_order([clips])
+    shares = [batches_of(order, 4, rank, ranks) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    seen = [place for share in shares for batch in share for place in batch]
+    assert set(seen) == set(order) and len(seen) < clips + ranks
+    assert all(batch for share in shares for batch in share)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_are_the_same_on_any_number_of_workers(folders, workers):
+    folder = open_folders([str(folders[0]), str(folders[1])])
+    assert folder.clips == 12
+    order = epoch_order([shard.clips for shard in folder.shards], 0, 0, 8)
+    ours = _all(folder, batches_of(order, 5), workers)
+    keys = [key for batch in ours for key in batch.keys]
+    assert len(set(keys)) == len(keys) == 12 and [len(batch.keys) for batch in ours] == [5, 5, 2]
+    again = _all(folder, batches_of(order, 5)[1:], 0)  # from the middle of an epoch on
+    for one, other in zip(ours[1:], again, strict=True):
+        assert one.keys == other.keys and torch.equal(one.visual, other.visual) and torch.equal(one.audio, other.audio)
+    other_epoch = _all(folder, batches_of(order, 5)[:1], 0, epoch=1)
+    assert not torch.equal(other_epoch[0].visual, ours[0].visual)
+
+
+def test_pixels_are_pyavs(folders):
+    folder = open_folders([str(folders[0])])
+    mp4 = ShardReader(folder).read(0, 0)[1]["mp4"]
+    with av.open(io.BytesIO(mp4)) as container:
+        theirs = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    height = theirs.shape[1]
+    planes = decode_frames(mp4, 1)
+    ours = pixels(planes, View(1.0, 0.0, 0.5, False), height)  # a square of full height, nothing resized but chroma
+    left = round((theirs.shape[2] - height) / 2)
+    difference = np.abs(ours.numpy().astype(int) - theirs[:, :, left:left + height].transpose(0, 3, 1, 2))
+    assert difference.mean() < 3 and ours.dtype == torch.uint8
+    flipped = pixels(planes, View(1.0, 0.0, 0.5, True), height)
+    assert torch.equal(flipped, ours.flip(-1))
+    part = decode_frames(mp4, 4, 64, 96)
+    assert np.array_equal(part.luma, planes.luma[64:96:4]) and np.array_equal(part.chroma, planes.chroma[64:96:4])
+
+
+def test_log_mel_segments_are_slices(folders):
+    folder = open_folders([str(folders[0])])
+    key, members = ShardReader(folder).read(3, 0)
+    stored = np.load(io.BytesIO(members["logmel.npy"])).astype(np.float32)
+    [batch] = _all(folder, [[fixed_order([1] * 10)[3]]], 0, seed=None)
+    assert batch.keys == [key]
+    for segment in range(15):
+        assert np.array_equal(batch.audio[0, segment, 0].numpy(), stored[:, 128 * segment:128 * (segment + 1)])
+
+
+def test_masking_hides_one_band_and_one_stretch():
+    segments = np.random.default_rng(0).standard_normal((3, 80, 128)).astype(np.float32)
+    sizes = set()
+    for seed in range(40):
+        masked = masked_log_mel(segments, 0.1, 0.1, np.random.default_rng(seed))
+        changed = masked != segments
+        rows, columns = changed.all((0, 2)), changed.all((0, 1))
+        assert np.array_equal(changed, np.broadcast_to(rows[:, None] | columns[None], changed.shape))
+        for line, most in ((rows, 8), (columns, 12)):
+            assert line.sum() <= most and (np.diff(line.astype(int)) == 1).sum() <= 1
+            sizes.add(int(line.sum()))
+    assert len(sizes) > 5
+
+
+def test_absent_is_absent_and_short_is_short(mixed):
+    folder = open_folders([str(mixed)])
+    [batch] = _all(folder, [fixed_order([shard.clips for shard in folder.shards])], 0, seed=None)
+    present = {key.split("-0000")[0]: (int(seen), int(heard)) for key, seen, heard in zip(
+        batch.keys, batch.visual_present.sum(1), batch.audio_present.sum(1), strict=True)}
+    assert present.pop(next(key for key in present if key.startswith("1-100032"))) == (0, 2)
+    assert present == {"pancake": (5, 5), "mmaction_demo": (5, 0), "h265": (1, 0), "bigbuckbunny": (2, 2),
+                       "nasa": (6, 6)}
+    assert not batch.visual[~batch.visual_present].any() and not batch.audio[~batch.audio_present].any()
+    assert batch.visual.shape == (6, 15, 3, 8, 40, 40) and batch.audio.shape == (6, 15, 1, 80, 128)
+
+
+def test_unreadable_clips_are_named_and_too_many_stop_the_run(folders, tmp_path):
+    source, broken = folders[1] / "test-000000.tar", tmp_path / "test-000000.tar"
+    with tarfile.open(source) as tar, tarfile.open(broken, "w") as out:
+        for number, member in enumerate(tar):
+            content = tar.extractfile(member).read()
+            out.addfile(member, io.BytesIO(b"\0" * len(content) if number == 0 else content))
+    index = json.loads((folders[1] / "index.json").read_text())
+    index["shardlist"] = index["shardlist"][:1]
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    folder = open_folders([str(tmp_path), str(folders[0])])
+    [batch] = _all(folder, [fixed_order([shard.clips for shard in folder.shards])], 0)
+    assert len(batch.keys) == folder.clips - 1
+    [line] = batch.unreadable
+    assert str(broken) in line and "can't be decoded" in line
+    count = UnreadableCount(200)
+    count.add(batch.unreadable)
+    count.add(batch.unreadable)  # the same clip, an epoch later
+    with pytest.raises(AvtrainError, match="more than 1 %"):
+        UnreadableCount(folder.clips).add(batch.unreadable)
+
+
+def test_shards_come_over_http(folders, tmp_path, monkeypatch):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+    monkeypatch.setenv("AVTRAIN_CACHE", str(tmp_path / "cache"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folders[0])) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        remote = open_folders([f"http://127.0.0.1:{server.server_port}"])
+        local = open_folders([str(folders[0])])
+        assert remote.fingerprint == local.fingerprint
+        places = [fixed_order([1] * 10)[:3]]
+        [far], [near] = _all(remote, places, 0), _all(local, places, 0)
+        server.shutdown()
+    assert far.keys == near.keys and torch.equal(far.visual, near.visual)
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 3 and not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_what_does_not_fit_is_said(folders, tmp_path):
+    folder = open_folders([str(folders[0])])
+    with pytest.raises(AvtrainError, match="segments of 32 frames, the model wants 12"):
+        check_spec(folder, DataConfig(segment_frames=12))
+    with pytest.raises(AvtrainError, match="mel_bands 80, the model wants 64"):
+        check_spec(folder, DataConfig(mels=64))
+    with pytest.raises(AvtrainError, match="no .*nowhere/index.json"):
+        open_folders([str(tmp_path / "nowhere")])
+    index = json.loads((folders[0] / "index.json").read_text())
+    for change, message in (({"format_version": 9}, "format version 9"), ({"format": "x"}, "not an index of avprep"),
+                            ({"spec": {**index["spec"], "fps": 15}}, "spec differ.*fps 15 and 16"),
+                            ({"shardlist": [{**index["shardlist"][0], "url": "../../etc/passwd"}]}, "beside")):
+        (tmp_path / "index.json").write_text(json.dumps({**index, **change}))
+        with pytest.raises(AvtrainError, match=message):
+            open_folders([str(folders[0]), str(tmp_path)])
