@@ -83,3 +83,14 @@ def test_demo_is_the_same_every_time(avprep, small_demo, tmp_path):
     assert first == again and len(first) == 12
     assert avprep("demo", "--out", tmp_path / "other", "--train", 10, "--test", 2, "--seed", 1).returncode == 0
     assert all((tmp_path / "other" / name).read_bytes() != content for name, content in first.items())
+
+
+def test_builds_where_no_ffmpeg_is_installed(small_demo, tmp_path):
+    """Only the binary of the wheel is left when PATH has none."""
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-m", "avprep.cli", "build", "--dataset", "demo", "--raw", str(small_demo), "--out",
+         str(tmp_path), "--limit", "1"], capture_output=True, text=True, check=False,
+        env={**os.environ, "PATH": str(tmp_path)})
+    assert done.returncode == 0 and "1 files found = 1 written" in done.stdout, done.stderr
