@@ -81,6 +81,8 @@ class Run:
 
         end = min(self.config.steps, max_steps or self.config.steps)
         started, bad_steps = time.monotonic(), 0
+        buffers = [buffer for module in self.modules.values() for buffer in module.buffers()]
+        good_buffers = [buffer.clone() for buffer in buffers]
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         supply = self._supply(batches)
         with SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.position.step + 1) as writer, tqdm(
@@ -95,8 +97,10 @@ class Run:
                 if math.isfinite(figures["loss"]) and bool(torch.isfinite(norm)):
                     self._optimizer.step()
                     bad_steps = 0
+                    _copy(buffers, good_buffers)
                 else:
                     bad_steps += 1
+                    _copy(good_buffers, buffers)  # what is not finite has gone into BatchNorm's averages too
                     self.position.skipped_steps += 1
                 self._optimizer.zero_grad(set_to_none=True)
                 self.position.step += 1
@@ -114,7 +118,7 @@ class Run:
                 self._log(figures, writer)
                 bar.update()
                 bar.set_postfix(loss=f"{figures['loss']:.3f}", refresh=False)
-                if last or self.position.step % self.config.save_every == 0:
+                if bad_steps == 0 and (last or self.position.step % self.config.save_every == 0):
                     self.save()
             if self.last_checkpoint() != self._checkpoint_folder():
                 self.save()
@@ -211,6 +215,11 @@ class Run:
         folder = self.folder / "checkpoints"
         whole = [path for path in folder.glob("step-*") if path.suffix != ".part" and (path / _STATE).is_file()]
         return sorted(whole, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _copy(source: list[Tensor], target: list[Tensor]) -> None:
+    for one, other in zip(source, target, strict=True):
+        other.copy_(one)
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:

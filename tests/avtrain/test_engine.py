@@ -1,0 +1,168 @@
+"""The loop on a small problem: resuming is exact, bad steps are skipped, checkpoints are whole."""
+
+import json
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import nn
+
+from avtrain.config import TrainingConfig
+from avtrain.engine import Run, learning_rate, parameter_groups
+from avtrain.errors import AvtrainError
+
+CONFIG = TrainingConfig(batch_size=4, steps=20, learning_rate=0.01, evaluate_every=5, save_every=3, keep=2)
+
+
+@dataclass
+class _Batch:
+    keys: list
+    inputs: torch.Tensor
+
+
+class _Batches:
+    """Seven batches an epoch; counts how many were made."""
+
+    def __init__(self):
+        self.made = []
+
+    def __len__(self):
+        return 7
+
+    def epoch(self, number, first):
+        for index in range(first, 7):
+            self.made.append((number, index))
+            random = torch.Generator().manual_seed(100 * number + index)
+            yield _Batch(list("abcd"), torch.randn(4, 8, generator=random))
+
+
+class _Experiment:
+    def __init__(self, folder, config=CONFIG, bad_steps=()):
+        torch.manual_seed(config.seed)
+        self.generator = torch.Generator().manual_seed(1)
+        self.network = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
+        self.weights_saved = []
+        self.run = Run(folder, {"network": self.network}, config, self.generator, self._save)
+        self.batches, self.bad_steps, self.steps = _Batches(), set(bad_steps), 0
+
+    def _save(self, folder):
+        self.weights_saved.append(folder)
+        torch.save(self.network.state_dict(), folder / "weights.pt")
+
+    def step(self, batch):
+        noise = torch.randn(4, 1, generator=self.generator)
+        self.steps += 1
+        inputs = batch.inputs * float("nan") if self.steps in self.bad_steps else batch.inputs
+        loss = (self.network(inputs) + 0.1 * noise - inputs.sum(1, keepdim=True)).square().mean()
+        return loss, {"twice": 2 * float(loss.detach())}
+
+    def train(self, **options):
+        self.run.train(self.step, self.batches, nullcontext, lambda: {"held_out": 1.0}, **options)
+
+
+def _losses(folder):
+    return [(line["step"], line["loss"], line["twice"]) for line in map(
+        json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
+
+
+def test_resuming_goes_on_to_the_same_losses_in_the_middle_of_an_epoch(tmp_path):
+    whole = _Experiment(tmp_path / "whole")
+    whole.train()
+    first = _Experiment(tmp_path / "parts")
+    first.train(max_steps=10)  # stops in the second epoch
+    (tmp_path / "parts/metrics.jsonl").open("a").write('{"step": 11, "loss": 5, "twi')  # killed while it wrote
+    second = _Experiment(tmp_path / "parts")
+    torch.manual_seed(99)
+    second.run.resume()
+    second.train()
+    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole") and len(_losses(tmp_path / "whole")) == 20
+    assert second.batches.made[0] == (1, 3)  # nothing that was seen is made again
+    for one, other in zip(whole.network.state_dict().values(), second.network.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_resuming_after_a_kill_starts_at_the_last_whole_checkpoint(tmp_path):
+    first = _Experiment(tmp_path)
+    first.train(max_steps=8)
+    checkpoints = tmp_path / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-000006", "step-000008"]  # two are kept
+    (checkpoints / "step-000009.part").mkdir()
+    (checkpoints / "step-000010").mkdir()  # no training.pt: not whole
+    second = _Experiment(tmp_path)
+    second.run.resume()
+    assert second.run.position.step == 8
+
+
+def test_metrics_hold_what_is_promised(tmp_path):
+    _Experiment(tmp_path).train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss", "twice", "learning_rate", "gradient_norm", "clips_per_s", "waiting_share", "memory_mib",
+            "epoch", "step", "skipped_steps"} <= set(lines[0])
+    assert [line["step"] for line in lines if "held_out" in line] == [5, 10, 15, 20]
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_a_bad_step_is_skipped_and_counted(tmp_path):
+    experiment = _Experiment(tmp_path, bad_steps=[4, 5])
+    experiment.train(max_steps=3)
+    before = {name: tensor.clone() for name, tensor in experiment.network.state_dict().items()}
+    experiment.train(max_steps=5)
+    for name, tensor in experiment.network.state_dict().items():  # BatchNorm's averages too
+        assert torch.equal(before[name], tensor), name
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["skipped_steps"] == 2
+
+
+def test_ten_bad_steps_in_a_row_stop_the_run_with_the_last_good_checkpoint(tmp_path):
+    experiment = _Experiment(tmp_path, bad_steps=range(5, 100))
+    with pytest.raises(AvtrainError, match=r"step 14: .* 10 times in a row.*step-000003"):
+        experiment.train()
+    state = torch.load(tmp_path / "checkpoints" / "step-000003" / "training.pt", weights_only=True)
+    assert all(torch.isfinite(tensor).all() for tensor in state["modules"]["network"].values())
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
+    """Two parts of equal size: the same as their mean loss, without batch statistics, dropout and noise."""
+    torch.manual_seed(0)
+    results = []
+    for parts in (1, 2):
+        torch.manual_seed(0)
+        network = nn.Linear(8, 1)
+        run = Run(tmp_path / str(parts), {"network": network}, replace(CONFIG, accumulate=parts, steps=1),
+                  torch.Generator(), lambda folder: None)
+
+        class Halves(_Batches):
+            def epoch(self, number, first, parts=parts):
+                inputs = torch.randn(4, 8, generator=torch.Generator().manual_seed(3))
+                for part in inputs.chunk(parts):
+                    yield _Batch(["k"] * len(part), part)
+
+        run.train(lambda batch, network=network: (network(batch.inputs).square().mean(), {}), Halves(), nullcontext,
+                  dict)
+        results.append(network.weight.detach().clone())
+    assert torch.allclose(results[0], results[1], atol=1e-7)
+
+
+def test_learning_rate_rises_and_falls():
+    config = TrainingConfig(steps=1000, learning_rate=1e-3, warmup=0.1)
+    rates = [learning_rate(step, config) for step in range(1000)]
+    assert max(rates) == pytest.approx(1e-3) and 90 <= rates.index(max(rates)) <= 101
+    assert rates[0] < 2e-5 and rates[-1] < 1e-8
+    assert rates[550] == pytest.approx(5e-4) and all(math.isfinite(rate) for rate in rates)
+
+
+def test_no_weight_decay_on_norms_and_biases_and_no_parameter_twice():
+    network = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv2d(1, 2, 3))
+    decayed, free = parameter_groups({"a": network, "b": network[0]}, 0.1)
+    assert [parameter.dim() for parameter in decayed["params"]] == [2, 4] and decayed["weight_decay"] == 0.1
+    assert len(free["params"]) == 4 and free["weight_decay"] == 0.0
+
+
+def test_resume_without_a_checkpoint_or_with_another_model_is_said(tmp_path):
+    with pytest.raises(AvtrainError, match="no checkpoint"):
+        _Experiment(tmp_path).run.resume()
+    _Experiment(tmp_path).train(max_steps=1)
+    other = Run(tmp_path, {"network": nn.Linear(3, 3)}, CONFIG, torch.Generator(), lambda folder: None)
+    with pytest.raises(AvtrainError, match="other settings"):
+        other.resume()
