@@ -120,7 +120,7 @@ class Run:
                 bar.set_postfix(loss=f"{figures['loss']:.3f}", refresh=False)
                 if bad_steps == 0 and (last or self.position.step % self.config.save_every == 0):
                     self.save()
-            if self.last_checkpoint() != self._checkpoint_folder():
+            if bad_steps == 0 and self.last_checkpoint() != self._checkpoint_folder():
                 self.save()
 
     def _supply(self, batches: Batches) -> Iterator[Any]:

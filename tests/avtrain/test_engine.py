@@ -72,7 +72,8 @@ def test_resuming_goes_on_to_the_same_losses_in_the_middle_of_an_epoch(tmp_path)
     whole.train()
     first = _Experiment(tmp_path / "parts")
     first.train(max_steps=10)  # stops in the second epoch
-    (tmp_path / "parts/metrics.jsonl").open("a").write('{"step": 11, "loss": 5, "twi')  # killed while it wrote
+    with (tmp_path / "parts/metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "loss": 5, "twi')  # killed while it wrote
     second = _Experiment(tmp_path / "parts")
     torch.manual_seed(99)
     second.run.resume()
