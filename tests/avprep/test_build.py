@@ -235,13 +235,14 @@ def test_memory_stays_flat_over_a_long_video(ffmpeg, tmp_path):
     raw.mkdir()
     ffmpeg("-f", "lavfi", "-i", "testsrc2=s=64x48:r=2:d=7200", "-f", "lavfi", "-i", "sine=440:r=8000:d=7200",
            "-c:v", "libx264", "-preset", "ultrafast", "-g", 20, "-c:a", "pcm_s16le", raw / "long.mkv")
-    process = subprocess.Popen([sys.executable, "-m", "avprep.cli", "build", "--dataset", "folder", "--raw", str(raw),
-                                "--out", str(tmp_path), "--workers", "2"], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "avprep.cli", "build", "--dataset", "folder", "--raw", str(raw), "--out",
+               str(tmp_path), "--workers", "2"]
     peak_bytes = 0
-    while process.poll() is None:
-        peak_bytes = max(peak_bytes, _tree_bytes(process.pid))
-        time.sleep(0.02)
-    assert process.returncode == 0 and "240 clips, 2.00 h" in process.stdout.read()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        while process.poll() is None:
+            peak_bytes = max(peak_bytes, _tree_bytes(process.pid))
+            time.sleep(0.02)
+        assert process.returncode == 0 and "240 clips, 2.00 h" in process.stdout.read()
     assert 50e6 < peak_bytes < 1e9
 
 
