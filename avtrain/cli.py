@@ -112,6 +112,41 @@ def _count(config: Config) -> dict[str, int]:
     return counts
 
 
+@main.command()
+@click.option("--shards", multiple=True, default=["shards/demo"],
+              help="Folder of a dataset or a split, or its http(s) address; may be repeated.")
+@click.option("--test-shards", multiple=True, help="Held-out folders.  [default: SHARDS/test where it is]")
+@click.option("--preset", default="tiny", help="tiny, small, paper, or a .toml file.")
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE", help="Any setting; may be repeated.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/pretrain"),
+              help="Folder of the run: checkpoints, metrics.jsonl, TensorBoard events.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in OUT.")
+@click.option("--max-steps", type=click.IntRange(1), help="Stop after this step, with a checkpoint.")
+@click.option("--max-time", type=click.FloatRange(0.01), help="Stop after so many minutes, with a checkpoint.")
+@click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]")
+@click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto",
+              help="auto: bfloat16 where the hardware has it.")
+def pretrain(shards: tuple[str, ...], test_shards: tuple[str, ...], preset: str, overrides: tuple[str, ...], out: Path,
+             resume: bool, max_steps: int | None, max_time: float | None, device: str | None, precision: str) -> None:
+    """Pretrain a model from scratch on shards."""
+    from avtrain.config import read_config
+    from avtrain.pretrain import pretrain as run_pretraining
+    from avtrain.runtime import choose_runtime
+
+    config = read_config(preset, overrides)
+    train = [_split_of(location, "train") or location for location in shards]
+    test = list(test_shards) or [there for location in shards if (there := _split_of(location, "test"))]
+    run = run_pretraining(config, train, test, out, choose_runtime(device, precision), resume, max_steps,
+                          60 * max_time if max_time else None)
+    click.echo(f"step {run.position.step} of {config.training.steps}; {run.last_checkpoint()}/model.safetensors, "
+               f"{out}/metrics.jsonl")
+
+
+def _split_of(location: str, split: str) -> str | None:
+    """The split's folder in the local folder of a dataset."""
+    return str(Path(location) / split) if (Path(location) / split / "index.json").is_file() else None
+
+
 @main.command("import-released")
 @click.argument("checkpoint", type=_FILE)
 @click.option("-o", "--output", type=_FILE, required=True, help="The .safetensors file to write.")

@@ -22,6 +22,7 @@ else:
 PRESET_FOLDER = Path(__file__).parent / "presets"
 VISUAL_NETWORKS = ("slow50", "slowfast50")
 FUSIONS = ("early", "mid", "late")
+SAMPLINGS = ("similar", "dissimilar", "random")
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,36 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class ObjectivesConfig:
+    """What pretraining minimises. A weight of 0 switches a part off."""
+
+    mask_rate: float = 0.15
+    """Share of the segments that are hidden and predicted (open in the paper; BERT's)."""
+    negatives: int = 64
+    """Wrong candidates beside each true one."""
+    sampling: str = "similar"
+    """How negatives are drawn: similar, dissimilar (both by the CNN embeddings' distance) or random."""
+    keep_percent: float = 95.0
+    """Middle part of the distances that negatives may come from."""
+    mep_visual: float = 1.0
+    """Weight of masked prediction in the visual Transformer."""
+    mep_audio: float = 1.0
+    """Weight of masked prediction in the audio Transformer."""
+    mep_multimodal: float = 1.0
+    """Weight of masked prediction in the multimodal Transformer."""
+    pair: float = 1.0
+    """Weight of correct pair prediction: alpha in the paper."""
+
+    def __post_init__(self) -> None:
+        _check_choice("objectives.sampling", self.sampling, SAMPLINGS)
+        _check(0 < self.mask_rate < 1, "objectives.mask_rate", self.mask_rate, "between 0 and 1")
+        _check(self.negatives >= 1, "objectives.negatives", self.negatives, "at least 1")
+        _check(0 < self.keep_percent <= 100, "objectives.keep_percent", self.keep_percent, "above 0, at most 100")
+        for name in ("mep_visual", "mep_audio", "mep_multimodal", "pair"):
+            _check(getattr(self, name) >= 0, f"objectives.{name}", getattr(self, name), "at least 0")
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """Optimiser, schedule, and when to look at the run."""
 
@@ -161,6 +192,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:

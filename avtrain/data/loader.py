@@ -43,6 +43,11 @@ class Batch:
     keys: list[str]
     unreadable: list[str] = field(default_factory=list)
 
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(visual, audio, visual_present, audio_present) on the device."""
+        return (self.visual.to(device), self.audio.to(device), self.visual_present.to(device),
+                self.audio_present.to(device))
+
 
 @dataclass(frozen=True)
 class _Clip:

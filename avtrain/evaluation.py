@@ -1,0 +1,90 @@
+"""How well pretraining does on clips it never sees: losses, pair accuracy, masked top-1 among random candidates."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from avtrain.config import Config
+from avtrain.data.loader import ClipDataset, batches
+from avtrain.data.order import batches_of, epoch_order
+from avtrain.data.shards import ShardFolder
+from avtrain.models.avbert import AVBert
+from avtrain.objectives import AUDIO, VISUAL, MaskedPass, Objectives
+from avtrain.runtime import Runtime
+
+CANDIDATES = 100
+_SEED = 12_345
+
+
+class HeldOut:
+    """Held-out clips, always in the same mixed batches, with the same masks, pairs and candidates.
+
+    Args:
+        folder: the held-out shards.
+        config: data and batch size of the run.
+        runtime: device and precision.
+    """
+
+    def __init__(self, folder: ShardFolder, config: Config, runtime: Runtime) -> None:
+        self._dataset = ClipDataset(folder, config.data, None)
+        self._workers, self._runtime = config.data.workers, runtime
+        order = epoch_order([shard.clips for shard in folder.shards], _SEED, 0, len(folder.shards))
+        self._places = batches_of(order, config.training.batch_size // config.training.accumulate)
+
+    @torch.no_grad()
+    def figures(self, model: AVBert, objectives: Objectives) -> dict[str, float]:
+        """Means over the held-out clips, each figure named test_*; the model is left in the mode it was in.
+
+        `test_masked_top1_*`: how often the true embedding of a hidden segment scores highest among itself and 99 drawn
+        at random from all other held-out segments.
+        """
+        was_training = model.training
+        model.eval()
+        objectives.eval()
+        generator = torch.Generator().manual_seed(_SEED)
+        sums: dict[str, float] = defaultdict(float)
+        counts: dict[str, int] = defaultdict(int)
+        passes: list[MaskedPass] = []
+        for batch in batches(self._dataset, self._places, 0, self._workers):
+            with self._runtime.autocast():
+                inputs = batch.tensors(self._runtime.device)
+                result = objectives(model, *inputs, generator)
+                passes.append(objectives.masked_pass(model, *inputs, generator, wrong_pairs=False))
+            for name, value in {"loss": result.loss, **result.parts}.items():
+                sums[name] += float(value) * len(batch.keys)
+                counts[name] += len(batch.keys)
+        figures = {f"test_{name}": sums[name] / counts[name] for name in sums}
+        for predictor in objectives.predictors:
+            figures[f"test_masked_top1_{predictor}"] = self._masked_top1(objectives, passes, predictor, generator)
+        model.train(was_training)
+        objectives.train(was_training)
+        return figures
+
+    def _masked_top1(self, objectives: Objectives, passes: list[MaskedPass], predictor: str,
+                     generator: torch.Generator) -> float:
+        modality = VISUAL if predictor.endswith("visual") else AUDIO
+        pool = torch.cat([seen.local[modality][seen.present[modality]] for seen in passes])
+        hits = positions = before = 0
+        for seen in passes:
+            present = seen.present[modality]
+            numbers = before + present.flatten().cumsum(0) - 1
+            true = numbers[seen.predicted[modality].flatten()]
+            before += int(present.sum())
+            if len(true):
+                candidates = torch.cat((true[:, None], random_others(true, len(pool), CANDIDATES - 1, generator)), 1)
+                with self._runtime.autocast():
+                    scores = objectives.scores(seen, predictor, pool, candidates)
+                hits += int((scores[:, :1] > scores[:, 1:]).all(1).sum())
+                positions += len(true)
+        return hits / max(1, positions)
+
+
+def random_others(true: Tensor, size: int, count: int, generator: torch.Generator) -> Tensor:
+    """For each of `true`, `count` different numbers below `size`, none of them itself: (len(true), count or fewer)."""
+    draw = torch.rand(len(true), size, generator=generator).to(true.device)
+    draw.scatter_(1, true[:, None], -1.0)
+    return draw.topk(min(count, size - 1), 1).indices
+

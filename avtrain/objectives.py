@@ -1,0 +1,229 @@
+"""What pretraining minimises: masked embedding prediction and correct pair prediction (paper, section 3.2).
+
+L = L_MEP + alpha L_CPP. The objectives wrap the model from outside, through `embed` and `contextualize`.
+All that is random here is drawn from the generator that is handed in.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from avtrain.config import ModelConfig, ObjectivesConfig
+from avtrain.models.avbert import AVBert, Tokens
+from avtrain.models.heads import SequenceHead
+from avtrain.negatives import sample_negatives
+
+VISUAL, AUDIO = 0, 1
+
+
+class ObjectiveResult(NamedTuple):
+    """The loss, and figures of its parts (scalars without gradient): mep_*, pair, pair_accuracy, top1_*."""
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+
+
+class MaskedPass(NamedTuple):
+    """One pass of the model over masked clips. Lists are (visual, audio).
+
+    Attributes:
+        pooled, local: of every segment, before masking, (batch, segments, channels or D).
+        present: (batch, segments) boolean, of each clip's own segments.
+        predicted: (batch, segments) boolean, masked positions that count: not those of wrong pairs.
+        tokens: what the Transformers made of the masked clips.
+        both: (batch, segments) boolean, where picture and (maybe another clip's) sound are there together.
+        right: (batch,) boolean, whether sound and picture are of the same video.
+    """
+
+    pooled: list[Tensor]
+    local: list[Tensor]
+    present: list[Tensor]
+    predicted: list[Tensor]
+    tokens: Tokens
+    both: Tensor
+    right: Tensor
+
+
+class Objectives(nn.Module):
+    """Mask vectors, prediction heads, pair classifier, and the losses made with them.
+
+    Args:
+        model: sizes and fusion of the model that is trained.
+        config: rates, sampling, weights.
+    """
+
+    def __init__(self, model: ModelConfig, config: ObjectivesConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.mask = nn.Parameter(torch.randn(2, model.dimension) * 0.02)
+        single = ["visual", "audio"] if model.fusion != "early" else []
+        joint = ["multimodal_visual", "multimodal_audio"] if model.fusion != "late" else []
+        self.predictors = nn.ModuleDict({name: Predictor(model.dimension) for name in single + joint})
+        if model.fusion != "late":
+            self.pair = SequenceHead(model.dimension, 1, model.dropout)
+
+    def forward(self, model: AVBert, visual: Tensor | None, audio: Tensor | None, visual_present: Tensor | None,
+                audio_present: Tensor | None, generator: torch.Generator) -> ObjectiveResult:
+        """The loss of a batch.
+
+        Args:
+            model: its CNNs learn too: the targets are their own outputs.
+            visual, audio, visual_present, audio_present: as `AVBert.forward` takes them.
+            generator: on the CPU; decides masks, wrong pairs, negatives.
+        """
+        config = self.config
+        seen = self.masked_pass(model, visual, audio, visual_present, audio_present, generator,
+                                wrong_pairs=config.pair > 0 and hasattr(self, "pair"))
+        parts: dict[str, Tensor] = {}
+        losses: dict[str, list[Tensor]] = {"mep_visual": [], "mep_audio": [], "mep_multimodal": []}
+        loss = self.mask.sum() * 0  # a batch with nothing to predict still has a gradient: zero
+        for modality, name in ((VISUAL, "visual"), (AUDIO, "audio")):
+            if not bool(seen.predicted[modality].any()):
+                continue
+            present = seen.present[modality].flatten().nonzero().squeeze(1)
+            positives = _index_among(seen.predicted[modality], seen.present[modality])
+            negatives, valid = sample_negatives(seen.pooled[modality].flatten(0, 1)[present], positives,
+                                                config.negatives, config.sampling, config.keep_percent, generator)
+            candidates = torch.cat((positives[:, None], negatives), 1)
+            usable = F.pad(valid, (1, 0), value=True)
+            for predictor, part in ((name, f"mep_{name}"), (f"multimodal_{name}", "mep_multimodal")):
+                if predictor in self.predictors:
+                    logits = self.scores(seen, predictor, seen.local[modality].flatten(0, 1)[present], candidates)
+                    logits = logits.masked_fill(~usable, -torch.inf)
+                    losses[part].append(_nce(logits))
+                    parts[f"top1_{predictor}"] = (logits.argmax(1) == 0).float().mean()
+        for part, values in losses.items():
+            if values:
+                parts[part] = torch.stack(values).sum().detach()
+                loss = loss + getattr(config, part) * torch.stack(values).sum()
+        if config.pair > 0 and hasattr(self, "pair"):
+            logits_of_pairs, right = self.pair_logits(seen, generator)
+            if len(right):
+                pair = F.binary_cross_entropy_with_logits(logits_of_pairs, right.float())
+                parts["pair"] = pair.detach()
+                parts["pair_accuracy"] = ((logits_of_pairs > 0) == right).float().mean()
+                loss = loss + config.pair * pair
+        return ObjectiveResult(loss, parts)
+
+    def masked_pass(self, model: AVBert, visual: Tensor | None, audio: Tensor | None, visual_present: Tensor | None,
+                    audio_present: Tensor | None, generator: torch.Generator, wrong_pairs: bool) -> MaskedPass:
+        """Embed, mask, give half of the clips another clip's sound (if `wrong_pairs`), and run the Transformers.
+
+        Masks are alike in right and wrong pairs, so that they don't tell which is which.
+        """
+        embedded, seen, heard = model.embed(visual, audio, visual_present, audio_present)
+        local, present = [embedded.visual_local, embedded.audio_local], [seen, heard]
+        masks = [masked_positions(there, self.config.mask_rate, generator) for there in present]
+        shown = [torch.where(mask[..., None], self.mask[modality].to(values.dtype), values)
+                 for modality, (mask, values) in enumerate(zip(masks, local, strict=True))]
+        sound_of = torch.arange(len(seen), device=seen.device)
+        if wrong_pairs:
+            sound_of = wrong_sounds((seen.any(1) & heard.any(1)), generator)
+        right = sound_of == torch.arange(len(seen), device=seen.device)
+        tokens = model.contextualize(shown[VISUAL], shown[AUDIO][sound_of], seen, heard[sound_of])
+        predicted = [mask & right[:, None] for mask in masks]
+        return MaskedPass([embedded.visual_pooled, embedded.audio_pooled], local, present, predicted, tokens,
+                          seen & heard[sound_of], right)
+
+    def scores(self, seen: MaskedPass, predictor: str, embeddings: Tensor, candidates: Tensor) -> Tensor:
+        """log I(x, o) = FFN(o)^T W_I x for each predicted position and its candidates.
+
+        Args:
+            seen: the masked pass.
+            predictor: visual, audio (of the single-modality Transformers), multimodal_visual or multimodal_audio.
+            embeddings: (some, D) local embeddings that candidates are taken from.
+            candidates: (predicted positions, candidates) indices into them.
+
+        Returns:
+            (predicted positions, candidates) float32 logits.
+        """
+        modality = VISUAL if predictor.endswith("visual") else AUDIO
+        tokens = {"visual": seen.tokens.visual_tokens, "audio": seen.tokens.audio_tokens}.get(predictor)
+        if tokens is None:
+            assert seen.tokens.multimodal_tokens is not None
+            tokens = seen.tokens.multimodal_tokens.chunk(2, 1)[modality]
+        outputs = tokens[:, 1:][seen.predicted[modality]]
+        head = self.predictors[predictor]
+        assert isinstance(head, Predictor)
+        prediction, projected = head(outputs, embeddings)
+        with torch.autocast(outputs.device.type, enabled=False):
+            return torch.einsum("nd,nkd->nk", prediction.float(), projected.float()[candidates])
+
+    def pair_logits(self, seen: MaskedPass, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The pair classifier at one random time of each clip in which picture and sound are both there.
+
+        Returns:
+            (clips,) float32 logits, positive for "same video"; (clips,) boolean, whether it is. Other clips are out.
+        """
+        assert seen.tokens.multimodal_tokens is not None
+        usable = seen.both.any(1)
+        draw = torch.rand(seen.both.shape, generator=generator).to(seen.both.device)
+        time = draw.masked_fill(~seen.both, -1).argmax(1)
+        logits = self.pair(seen.tokens.multimodal_tokens)[..., 0].gather(1, time[:, None]).squeeze(1)
+        return logits[usable].float(), seen.right[usable]
+
+
+class Predictor(nn.Module):
+    """FFN (two layers) on outputs and W_I on local embeddings.
+
+    Start values make all scores nearly equal, so that the first loss is that of chance: ln(candidates).
+    """
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__()
+        self.feedforward = nn.Sequential(nn.Linear(dimension, dimension), nn.GELU(), nn.Linear(dimension, dimension))
+        self.projection = nn.Linear(dimension, dimension, bias=False)
+        nn.init.normal_(self.projection.weight, std=1 / dimension)
+
+    def forward(self, outputs: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, D), (m, D) -> (n, D), (m, D), whose inner products are the scores."""
+        return self.feedforward(outputs), self.projection(embeddings)
+
+
+def masked_positions(present: Tensor, rate: float, generator: torch.Generator) -> Tensor:
+    """Which segments are hidden: each present one with probability `rate`, of a clip with two or more at least one and
+    not all; a clip with one segment has no context to predict it from.
+
+    Args:
+        present: (batch, segments) boolean.
+
+    Returns:
+        (batch, segments) boolean.
+    """
+    draw = torch.rand(present.shape, generator=generator).to(present.device)
+    lowest = draw == draw.masked_fill(~present, 2).amin(1, keepdim=True)
+    highest = draw == draw.masked_fill(~present, -1).amax(1, keepdim=True)
+    return present & ((draw < rate) | lowest) & ~highest
+
+
+def wrong_sounds(eligible: Tensor, generator: torch.Generator) -> Tensor:
+    """Whose sound each clip gets: half of the eligible clips, if two or more, get one another's in a ring.
+
+    Args:
+        eligible: (batch,) boolean, clips that have both modalities.
+
+    Returns:
+        (batch,) clip numbers.
+    """
+    clips = eligible.nonzero().squeeze(1)
+    # Half, rounded to an even chance: one alone could only get its own sound.
+    count = len(clips) // 2 if len(clips) >= 4 else (2 if len(clips) >= 2 else 0)
+    order = torch.randperm(len(clips), generator=generator).to(clips.device)
+    chosen = clips[order[:count]]
+    sound_of = torch.arange(len(eligible), device=eligible.device)
+    sound_of[chosen] = chosen.roll(1)
+    return sound_of
+
+
+def _index_among(some: Tensor, all_of: Tensor) -> Tensor:
+    """Where the positions of mask `some` stand in the list of those of `all_of`, which holds them."""
+    return (all_of.flatten().cumsum(0) - 1)[some.flatten()]
+
+
+def _nce(logits: Tensor) -> Tensor:
+    """- mean log of the true candidate's share; it is the first of (positions, candidates)."""
+    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))

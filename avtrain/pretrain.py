@@ -1,0 +1,101 @@
+"""Pretraining: puts model, objectives, data and engine together (paper, section 3)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from avtrain.checkpoint import save_model
+from avtrain.config import Config, config_from, config_to
+from avtrain.data.loader import Batch, ClipDataset, UnreadableCount, batches
+from avtrain.data.order import batches_of, epoch_order
+from avtrain.data.shards import ShardFolder, open_folders
+from avtrain.engine import Run
+from avtrain.errors import AvtrainError
+from avtrain.evaluation import HeldOut
+from avtrain.models.avbert import AVBert
+from avtrain.objectives import Objectives
+from avtrain.runtime import Runtime, seed_everything
+
+_CONFIG = "config.json"
+
+
+class EpochBatches:
+    """The batches of every epoch, from any place on."""
+
+    def __init__(self, folder: ShardFolder, config: Config) -> None:
+        self._config, self._dataset = config, ClipDataset(folder, config.data, config.training.seed)
+        self._clips = [shard.clips for shard in folder.shards]
+        self._size = config.training.batch_size // config.training.accumulate
+        self._unreadable = UnreadableCount(folder.clips)
+
+    def __len__(self) -> int:
+        return -(-sum(self._clips) // self._size)
+
+    def epoch(self, number: int, first: int) -> Iterator[Batch]:
+        """The epoch's batches from the `first` on."""
+        order = epoch_order(self._clips, self._config.training.seed, number, self._config.data.shards_at_once)
+        for batch in batches(self._dataset, batches_of(order, self._size)[first:], number, self._config.data.workers):
+            self._unreadable.add(batch.unreadable)
+            yield batch
+
+
+def pretrain(config: Config, train: list[str], test: list[str], out: Path, runtime: Runtime, resume: bool = False,
+             max_steps: int | None = None, max_time_s: float | None = None) -> Run:
+    """Pretrain a model from scratch, or go on with a run.
+
+    Args:
+        config: all settings; a resumed run must have the same ones.
+        train, test: folders of shards; without `test` nothing is held out.
+        out: folder of the run.
+        runtime: device and precision.
+        resume: go on from the last checkpoint in `out`.
+        max_steps, max_time_s: stop there, with a checkpoint, though the schedule goes on.
+
+    Raises:
+        AvtrainError: data and settings don't fit, or the run's folder is not as `resume` says.
+    """
+    _check_folder(out, config, resume)
+    generator = seed_everything(config.training.seed)
+    model = AVBert(config.model).to(runtime.device)
+    objectives = Objectives(config.model, config.objectives).to(runtime.device)
+    train_folder = open_folders(train)
+    supply = EpochBatches(train_folder, config)
+    held_out = HeldOut(open_folders(test), config, runtime) if test else None
+    run = Run(out, {"model": model, "objectives": objectives}, config.training, generator,
+              lambda folder: save_model(folder / "model.safetensors", model, config))
+    if resume:
+        run.resume()
+    else:
+        (out / _CONFIG).write_text(json.dumps(config_to(config), indent=1) + "\n", encoding="utf-8")
+
+    def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        result = objectives(model, *batch.tensors(runtime.device), generator)
+        return result.loss, {name: float(value) for name, value in result.parts.items()}
+
+    def evaluate() -> dict[str, float]:
+        return held_out.figures(model, objectives) if held_out else {}
+
+    model.train()
+    objectives.train()
+    run.train(step, supply, runtime.autocast, evaluate, max_steps, max_time_s)
+    return run
+
+
+def _check_folder(out: Path, config: Config, resume: bool) -> None:
+    path = out / _CONFIG
+    if not resume:
+        if (out / "checkpoints").exists():
+            raise AvtrainError(f"{out} holds a run already: go on with --resume, or choose another folder with --out")
+        return
+    if not path.is_file():
+        raise AvtrainError(f"--resume: no run in {out}")
+    before = config_from(json.loads(path.read_text(encoding="utf-8")), str(path))
+    # How batches are made does not change them.
+    same = replace(before, data=replace(before.data, workers=config.data.workers))
+    if same != config:
+        raise AvtrainError(f"--resume: the settings differ from those in {path}; use the same preset and --set options")
