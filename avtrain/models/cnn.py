@@ -108,7 +108,10 @@ class AudioCNN(nn.Module):
             inner = width * 2 ** index
             self.stages.append(stage2d(inputs, inner, count, split=index < 2))
             inputs = inner * EXPANSION
-        self.to(memory_format=torch.channels_last)
+        # On CPUs, the backward pass of a channels-last 1 x 1 convolution of stride 2 writes outside its memory where
+        # channels are not a multiple of 8 (oneDNN, torch 2.13).
+        if width % 8 == 0:
+            self.to(memory_format=torch.channels_last)
 
     def forward(self, segments: Tensor) -> Tensor:
         """(segments, 1, mels, frames) -> (segments, outputs)."""
