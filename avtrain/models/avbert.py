@@ -61,8 +61,7 @@ class AVBert(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        visual_network: type[VisualCNN] | type[SlowFastCNN] = {"slow50": VisualCNN, "slowfast50": SlowFastCNN}[
-            config.visual]
+        visual_network = VisualCNN if config.visual == "slow50" else SlowFastCNN
         self.visual_cnn = visual_network(config.visual_width, config.visual_blocks)
         self.audio_cnn = AudioCNN(config.audio_width, config.audio_blocks, config.audio_stem_stride)
         self.visual_projection = nn.Linear(self.visual_cnn.outputs, config.dimension)
@@ -193,7 +192,8 @@ class AVBert(nn.Module):
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), _statistics_kept(cnn)
 
-        chunks = [checkpoint(cnn, chunk, use_reentrant=False, context_fn=contexts) for chunk in torch.split(segments, size)]
+        chunks = [checkpoint(cnn, chunk, use_reentrant=False, context_fn=contexts)
+                  for chunk in torch.split(segments, size)]
         return torch.cat(chunks)
 
 

@@ -147,7 +147,8 @@ class TimeConv3d(nn.Conv3d):
         """(batch, channels, frames, height, width), as Conv3d."""
         frames, kernel = x.shape[2], self.kernel_size[0]
         if 1 < frames < kernel:
-            return super().forward(F.pad(x, (0, 0, 0, 0, 0, kernel - frames)))[:, :, :1 + (frames - 1) // self.stride[0]]
+            padded = super().forward(F.pad(x, (0, 0, 0, 0, 0, kernel - frames)))
+            return padded[:, :, :1 + (frames - 1) // self.stride[0]]
         return super().forward(x)
 
 

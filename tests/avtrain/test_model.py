@@ -209,6 +209,7 @@ def test_activation_checkpointing_by_segment() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, from inside its compiler
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
 def test_compiled_encoder_equals_eager() -> None:
     encoder = small(dropout=0.0).encoder
     compiled = copy.deepcopy(encoder)
