@@ -122,6 +122,8 @@ def export_model(checkpoint: Path, output: Path) -> float:
     if output.suffix != ".pt2":
         raise AvtrainError(f"{output}: an exported program's name ends in .pt2")
     data, model = load_config(checkpoint).data, _Exported(load_model(checkpoint)).eval()
+    for parameter in model.parameters():  # torch.export.save warns of channels-last weights
+        parameter.data = parameter.data.contiguous()
     generator = torch.Generator().manual_seed(0)
     visual = torch.randn(2, data.segments, 3, data.segment_frames, data.crop, data.crop, generator=generator)
     audio = torch.randn(2, data.segments, 1, data.mels, data.mel_frames, generator=generator)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME ...]`: run all benchmarks, or those named; exit code 1 if a bound is missed."""
+"""`python -m benchmarks [NAME ...]`: all benchmarks or those named, in one table; exit code 1 if a bound is missed."""
 
 from __future__ import annotations
 

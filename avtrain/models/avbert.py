@@ -61,7 +61,7 @@ class AVBert(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        visual_network = {"slow50": VisualCNN, "slowfast50": SlowFastCNN}[config.visual]
+        visual_network = VisualCNN if config.visual == "slow50" else SlowFastCNN
         self.visual_cnn = visual_network(config.visual_width, config.visual_blocks)
         self.audio_cnn = AudioCNN(config.audio_width, config.audio_blocks, config.audio_stem_stride)
         self.visual_projection = nn.Linear(self.visual_cnn.outputs, config.dimension)
@@ -170,7 +170,7 @@ class AVBert(nn.Module):
               segments: int) -> tuple[Tensor, Tensor]:
         """(batch, segments, channels) from the present segments alone, zeros elsewhere; and the mask."""
         if x is not None and present is None:
-            return (self._run(cnn, x.flatten(0, 1)).unflatten(0, (batch, segments)),
+            return (self._run(cnn, x.flatten(0, 1)).view(batch, segments, -1),
                     torch.ones(batch, segments, dtype=torch.bool, device=x.device))
         if x is None or present is None:
             return (self.bos.new_zeros(batch, segments, cnn.outputs),
@@ -180,7 +180,7 @@ class AVBert(nn.Module):
             return self.bos.new_zeros(batch, segments, cnn.outputs), present
         pooled = self._run(cnn, x.flatten(0, 1)[here])
         everywhere = pooled.new_zeros(batch * segments, cnn.outputs).index_copy(0, here, pooled)
-        return everywhere.unflatten(0, (batch, segments)), present
+        return everywhere.view(batch, segments, -1), present
 
     def _run(self, cnn: nn.Module, segments: Tensor) -> Tensor:
         """The CNN on (segments, ...): at once, or a few at a time with recomputation in the backward pass."""
@@ -192,7 +192,8 @@ class AVBert(nn.Module):
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), _statistics_kept(cnn)
 
-        chunks = [checkpoint(cnn, chunk, use_reentrant=False, context_fn=contexts) for chunk in segments.split(size)]
+        chunks = [checkpoint(cnn, chunk, use_reentrant=False, context_fn=contexts)
+                  for chunk in torch.split(segments, size)]
         return torch.cat(chunks)
 
 

@@ -34,14 +34,15 @@ class VisualCNN(nn.Module):
             inner, temporal, stride = width * 2 ** index, 1 if index < 2 else 3, 1 if index == 0 else 2
             self.stages.append(stage3d(inputs, inner, count, temporal, stride))
             inputs = inner * EXPANSION
-        self.to(memory_format=torch.channels_last_3d)
+        channels_last(self)
 
     def forward(self, segments: Tensor) -> Tensor:
         """(segments, 3, frames, height, width), uint8 or normalised floats -> (segments, outputs)."""
         x = self.stem(normalized(segments))  # (segments, width, frames / 2, height / 4, width / 4)
         for stage in self.stages:
             x = stage(x)
-        return x.mean((2, 3, 4))
+        pooled: Tensor = x.mean((2, 3, 4))
+        return pooled
 
 
 class SlowFastCNN(nn.Module):
@@ -75,7 +76,7 @@ class SlowFastCNN(nn.Module):
             self.slow_stages.append(stage3d(slow + lateral, width * 2 ** index, count, temporal, stride))
             self.fast_stages.append(stage3d(fast, fast_width * 2 ** index, count, 3, stride))
             slow, fast = width * 2 ** index * EXPANSION, fast_width * 2 ** index * EXPANSION
-        self.to(memory_format=torch.channels_last_3d)
+        channels_last(self)
 
     def forward(self, segments: Tensor) -> Tensor:
         """(segments, 3, frames, height, width), uint8 or normalised floats -> (segments, outputs)."""
@@ -108,14 +109,18 @@ class AudioCNN(nn.Module):
             inner = width * 2 ** index
             self.stages.append(stage2d(inputs, inner, count, split=index < 2))
             inputs = inner * EXPANSION
-        self.to(memory_format=torch.channels_last)
+        # On CPUs, the backward pass of a channels-last 1 x 1 convolution of stride 2 writes outside its memory where
+        # channels are not a multiple of 8 (oneDNN, torch 2.13).
+        if width % 8 == 0:
+            channels_last(self)
 
     def forward(self, segments: Tensor) -> Tensor:
         """(segments, 1, mels, frames) -> (segments, outputs)."""
         x = self.stem(segments)
         for stage in self.stages:
             x = stage(x)
-        return x.mean((2, 3))
+        pooled: Tensor = x.mean((2, 3))
+        return pooled
 
 
 class Residual(nn.Module):
@@ -133,28 +138,32 @@ class Residual(nn.Module):
 class TimeConv3d(nn.Conv3d):
     """A Conv3d that is right at every length.
 
-    On CPUs, a (3, 1, 1) kernel with padding (1, 0, 0) on exactly 2 frames has garbage weight gradients in bfloat16
-    (oneDNN). A third frame of zeros is what the padding would have been, and 3 frames are computed rightly.
+    On CPUs, a channels-last convolution over fewer frames than its kernel has (but more than one) returns garbage
+    weight gradients in bfloat16: kernel 3 on 2 frames, kernel 5 on 2, 3 or 4 (oneDNN, torch 2.13). Frames of zeros
+    after the last one are what the padding would have been, and bring the input to the kernel's length.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, frames, height, width), as Conv3d."""
-        if x.shape[2] == 2 and self.kernel_size[0] > 1:
-            return super().forward(F.pad(x, (0, 0, 0, 0, 0, 1)))[:, :, :2]
+        frames, kernel = x.shape[2], self.kernel_size[0]
+        if 1 < frames < kernel:
+            padded = super().forward(F.pad(x, (0, 0, 0, 0, 0, kernel - frames)))
+            return padded[:, :, :1 + (frames - 1) // self.stride[0]]
         return super().forward(x)
 
 
 def conv3d(inputs: int, outputs: int, kernel: tuple[int, int, int], stride: tuple[int, int, int] = (1, 1, 1),
            ) -> list[nn.Module]:
     """Convolution with "same" padding and He's start values, and BatchNorm."""
-    convolution = TimeConv3d(inputs, outputs, kernel, stride, tuple(size // 2 for size in kernel), bias=False)
+    padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
+    convolution = TimeConv3d(inputs, outputs, kernel, stride, padding, bias=False)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
     return [convolution, nn.BatchNorm3d(outputs)]
 
 
 def conv2d(inputs: int, outputs: int, kernel: tuple[int, int], stride: tuple[int, int] = (1, 1)) -> list[nn.Module]:
     """Convolution with "same" padding and He's start values, and BatchNorm."""
-    convolution = nn.Conv2d(inputs, outputs, kernel, stride, tuple(size // 2 for size in kernel), bias=False)
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, (kernel[0] // 2, kernel[1] // 2), bias=False)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
     return [convolution, nn.BatchNorm2d(outputs)]
 
@@ -204,3 +213,11 @@ def stage2d(inputs: int, inner: int, count: int, split: bool) -> nn.Sequential:
 def normalized(pixels: Tensor) -> Tensor:
     """uint8 pixels to floats of about zero mean and unit deviation; floats have been normalised before."""
     return (pixels / 255 - 0.45) / 0.225 if pixels.dtype == torch.uint8 else pixels
+
+
+def channels_last(module: nn.Module) -> None:
+    """Lay out the convolutions' weights channels-last; their outputs then follow."""
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in module.parameters():
+        if parameter.dim() in layouts:
+            parameter.data = parameter.data.contiguous(memory_format=layouts[parameter.dim()])

@@ -28,9 +28,9 @@ class FoldedLinear(NamedTuple):
         if self.down is None:
             hidden = x.flatten(0, 1).expand(maps, -1, -1)
         else:
-            hidden = F.linear(x.flatten(0, 1), self.down).unflatten(-1, (maps, inner))  # (batch * length, maps, rank)
+            hidden = F.linear(x.flatten(0, 1), self.down).view(-1, maps, inner)  # (batch * length, maps, rank)
             hidden = F.normalize(hidden, dim=-1).transpose(0, 1)
-        return torch.baddbmm(self.bias, hidden, self.up).unflatten(1, x.shape[:2])
+        return torch.baddbmm(self.bias, hidden, self.up).view(maps, *x.shape[:2], -1)
 
 
 class SharedLinear(nn.Module):
@@ -69,7 +69,7 @@ class LowRankLinear(nn.Module):
         self.shared = nn.Parameter(torch.randn(maps, outputs, rank) * 0.02 * math.sqrt(inputs))
         self.bias = nn.Parameter(torch.zeros(maps * outputs))
         self.private = nn.Parameter(torch.randn(transformers, maps * rank, inputs) * 0.02)
-        self.skew = nn.Parameter(rotation_blocks(transformers * maps, rank).unflatten(0, (transformers, maps)))
+        self.skew = nn.Parameter(rotation_blocks(transformers * maps, rank).view(transformers, maps, rank, rank))
 
     def fold(self, rotations: Tensor) -> list[FoldedLinear]:
         """The maps as each Transformer uses them, its rotations multiplied into U.
@@ -97,7 +97,7 @@ def rotation_of(skew: Tensor) -> Tensor:
     """
     with torch.autocast(skew.device.type, enabled=False):
         upper = skew.to(torch.promote_types(skew.dtype, torch.float32)).triu(1)
-        rotation: Tensor = _Exponential.apply(upper - upper.mT)
+        rotation: Tensor = _Exponential.apply(upper - upper.mT)  # type: ignore[no-untyped-call]
         return rotation
 
 
@@ -122,7 +122,8 @@ class _Exponential(torch.autograd.Function):
         limits = torch.finfo(matrix.dtype)
         step = limits.eps ** 0.5 / gradient.abs().amax((-2, -1), keepdim=True).clamp(min=limits.tiny ** 0.5)
         complex_exponential: Tensor = torch.linalg.matrix_exp(torch.complex(matrix.mT.contiguous(), gradient * step))
-        return complex_exponential.imag / step
+        direction: Tensor = complex_exponential.imag / step
+        return direction
 
 
 def rotation_blocks(count: int, rank: int) -> Tensor:

@@ -35,7 +35,7 @@ class TransformerLayer(nn.Module):
         super().__init__()
         self.heads, self.dropout, self.transformers = config.heads, config.dropout, transformers
 
-        def linear(inputs: int, outputs: int, maps: int = 1) -> nn.Module:
+        def linear(inputs: int, outputs: int, maps: int = 1) -> SharedLinear | LowRankLinear:
             if config.rank is None:
                 return SharedLinear(inputs, outputs, maps)
             return LowRankLinear(inputs, outputs, config.rank, transformers, maps)
@@ -47,14 +47,15 @@ class TransformerLayer(nn.Module):
         self.feedforward_out = linear(config.feedforward, config.dimension)
         self.feedforward_norm = nn.LayerNorm(config.dimension, eps=LAYER_NORM_EPS)
 
-    def linears(self) -> list[nn.Module]:
+    def linears(self) -> list[SharedLinear | LowRankLinear]:
         """In the order of `FoldedLayer`."""
         return [self.attention_in, self.attention_out, self.feedforward_in, self.feedforward_out]
 
     def forward(self, x: Tensor, attend: Tensor, folded: FoldedLayer) -> Tensor:
         """(batch, length, D), attend (batch, 1, 1, length) boolean -> (batch, length, D)."""
         dropout = self.dropout if self.training else 0.0
-        query, key, value = folded.attention_in.apply(x).unflatten(-1, (self.heads, -1)).transpose(2, 3).unbind()
+        by_head = folded.attention_in.apply(x).view(3, *x.shape[:2], self.heads, -1)
+        query, key, value = by_head.transpose(2, 3).unbind()
         mixed = F.scaled_dot_product_attention(query, key, value, attend, dropout)  # (batch, heads, length, D / heads)
         attended = folded.attention_out.apply(mixed.transpose(1, 2).flatten(2)).squeeze(0)
         x = self.attention_norm(x + F.dropout(attended, dropout))
@@ -88,20 +89,22 @@ class Encoder(nn.Module):
 
         All rotations of the model are one batched matrix exponential.
         """
-        layers = [layer for stack in self.stacks for layer in stack]
+        stacks = self._stacks()
+        layers = [layer for stack in stacks for layer in stack]
         factored = [linear for layer in layers for linear in layer.linears() if isinstance(linear, LowRankLinear)]
-        rotations = {}
+        rotations: dict[LowRankLinear, Tensor] = {}
         if factored:
             skews = [linear.skew.flatten(0, 1) for linear in factored]
-            for linear, rotation in zip(factored, rotation_of(torch.cat(skews)).split([len(s) for s in skews]),
-                                        strict=True):
-                rotations[linear] = rotation.unflatten(0, linear.skew.shape[:2])
+            together = torch.split(rotation_of(torch.cat(skews)), [len(skew) for skew in skews])
+            rotations = {linear: rotation.view_as(linear.skew)
+                         for linear, rotation in zip(factored, together, strict=True)}
         folded: list[list[FoldedLayer]] = []
-        for stack in self.stacks:
+        for stack in stacks:
             # by_layer[l][t]: layer l as the t-th Transformer of this stack uses it
             by_layer = []
             for layer in stack:
-                maps = [linear.fold(rotations[linear]) if linear in rotations else linear.fold(layer.transformers)
+                maps = [linear.fold(rotations[linear]) if isinstance(linear, LowRankLinear)
+                        else linear.fold(layer.transformers)
                         for linear in layer.linears()]
                 by_layer.append([FoldedLayer(*of_one) for of_one in zip(*maps, strict=True)])
             folded += [list(of_one) for of_one in zip(*by_layer, strict=True)]
@@ -121,8 +124,14 @@ class Encoder(nn.Module):
         """
         # A clip that has no token at all attends to all of its padding: a softmax over nothing would be NaN.
         attend = (present | ~present.any(1, keepdim=True))[:, None, None]
-        stack = self.stacks[transformer if len(self.stacks) > 1 else 0]
+        stacks = self._stacks()
+        stack = stacks[transformer if len(stacks) > 1 else 0]
         for index in range(self.layers):
             own = index % len(stack)
             x = stack[own](x, attend, folded[transformer][own])
         return x * present.unsqueeze(-1)
+
+    def _stacks(self) -> list[list[TransformerLayer]]:
+        """`self.stacks` with the type that it has."""
+        return [[layer for layer in stack if isinstance(layer, TransformerLayer)] for stack in self.stacks
+                if isinstance(stack, nn.ModuleList)]

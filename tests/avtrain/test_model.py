@@ -141,20 +141,25 @@ def test_pixels_may_be_bytes() -> None:
     torch.testing.assert_close(model(pixels, None).visual_pooled, model(normalized.float(), None).visual_pooled)
 
 
-@pytest.mark.parametrize("frames", [1, 2, 3, 4])
-def test_temporal_convolution_is_right_in_bfloat16(frames: int) -> None:
-    """The weight gradient, where a plain Conv3d has garbage for 2 frames on some CPUs."""
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize(("inputs", "kernel", "stride"), [
+    (64, (3, 1, 1), (1, 1, 1)), (3, (5, 7, 7), (1, 2, 2)), (3, (5, 7, 7), (2, 2, 2)), (8, (5, 1, 1), (8, 1, 1))])
+def test_temporal_convolution_is_right_in_bfloat16(inputs: int, kernel: tuple[int, int, int],
+                                                   stride: tuple[int, int, int], frames: int) -> None:
+    """The weight gradient, where a plain Conv3d has garbage for fewer frames than its kernel has, on some CPUs."""
     torch.manual_seed(0)
-    layer = TimeConv3d(64, 32, (3, 1, 1), padding=(1, 0, 0), bias=False)
-    x, gradient = torch.randn(4, 64, frames, 7, 7), torch.randn(4, 32, frames, 7, 7)
+    padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
+    layer = TimeConv3d(inputs, 32, kernel, stride, padding, bias=False)
+    x = torch.randn(4, inputs, frames, 16, 16)
     for memory_format in (torch.contiguous_format, torch.channels_last_3d):
         layer = layer.to(memory_format=memory_format)
         layer.weight.grad = None
         with torch.autocast("cpu", torch.bfloat16):
             output = layer(x.to(memory_format=memory_format))
-        output.backward(gradient.to(output.dtype))
+        gradient = torch.randn_like(output)
+        output.backward(gradient)
         exact_weight = layer.weight.detach().double().requires_grad_()
-        exact = torch.nn.functional.conv3d(x.double(), exact_weight, padding=(1, 0, 0))
+        exact = torch.nn.functional.conv3d(x.double(), exact_weight, None, stride, padding)
         exact.backward(gradient.double())
         torch.testing.assert_close(output.double(), exact, rtol=0, atol=0.05)
         assert exact_weight.grad is not None and layer.weight.grad is not None
@@ -176,7 +181,8 @@ def test_bfloat16_gradients_of_the_visual_network(visual: str, frames: int) -> N
         pooled.float().sum().backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.dim() == 5])
     for exact, rounded in zip(*gradients, strict=True):
-        assert (exact - rounded).norm() < 0.1 * exact.norm()
+        # rounding makes up to 0.26 of it here (a ReLU's sign may turn); garbage makes at least 0.8
+        assert (exact - rounded).norm() < 0.5 * exact.norm()
 
 
 def test_activation_checkpointing_changes_nothing() -> None:
@@ -202,6 +208,8 @@ def test_activation_checkpointing_by_segment() -> None:
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, from inside its compiler
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
 def test_compiled_encoder_equals_eager() -> None:
     encoder = small(dropout=0.0).encoder
     compiled = copy.deepcopy(encoder)

@@ -58,3 +58,50 @@ def test_heads_equal_the_authors(output: AVBertOutput, released_state: dict[str,
     with torch.no_grad():
         assert_equal(clip(output.visual_pooled, output.audio_pooled), reference["clip_logits"])
         assert_equal(sequence(output.multimodal_tokens), reference["sequence_logits"])
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ("drop", r"missing: avbert\.visual_conv\.s3\.pathway0_res0\.branch1\.weight$"),
+    ("reshape", r"avbert\.audio_fc\.bias is \(7,\), not \(768,\)"),
+    ("add", r"unknown: avbert\.surplus\.weight$"),
+    ("turn", r"base is not the identity"),
+])
+def test_wrong_tensors_are_named(released_state: dict[str, Tensor], change: str, message: str) -> None:
+    state = dict(released_state)
+    if change == "drop":
+        del state["avbert.visual_conv.s3.pathway0_res0.branch1.weight"]
+    elif change == "reshape":
+        state["avbert.audio_fc.bias"] = torch.zeros(7)
+    elif change == "add":
+        state["avbert.surplus.weight"] = torch.zeros(1)
+    else:
+        name = next(name for name in state if name.endswith(".base"))
+        state[name] = -state[name]
+    with pytest.raises(AvtrainError, match=message):
+        avtrain.load_released(state)
+
+
+def test_cnn_alone_and_cached_rotations(released_state: dict[str, Tensor], reference: dict[str, np.ndarray],
+                                        tmp_path: Path) -> None:
+    state = {name.removeprefix("avbert."): tensor for name, tensor in released_state.items()
+             if name.startswith("avbert.audio_conv.")}
+    path = tmp_path / "esc50.pyth"
+    torch.save({"epoch": 3, "state_dict": {**state, "head.projection.weight": torch.zeros(50, 1024),
+                                           "cache_B": torch.zeros(2)}}, path)
+    model = avtrain.load_released(path)
+    assert not model.training
+    with torch.no_grad():
+        pooled = model(None, drawn("input.audio", (1, 3, 1, 80, 128)).float()).audio_pooled
+    assert_equal(pooled, reference["audio_pooled"])
+
+
+def test_a_pickle_is_not_run(tmp_path: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (Path.touch, (tmp_path / "touched",))  # type: ignore[return-value]
+
+    path = tmp_path / "hostile.pyth"
+    torch.save({"state_dict": Hostile()}, path)
+    with pytest.raises(AvtrainError, match=r"hostile\.pyth: not a checkpoint that can be read safely"):
+        avtrain.load_released(path)
+    assert not (tmp_path / "touched").exists()
