@@ -15,6 +15,10 @@ AVPREP_FLOORS = [
     {"errors"}, {"spec", "executors", "progress", "__init__"}, {"datasets", "media", "logmel"}, {"clips"},
     {"shards", "plan"}, {"account", "demo", "verify", "preview"}, {"build"}, {"cli"}]
 
+AVTRAIN_FLOORS = [
+    {"errors", "__init__", "progress"}, {"config", "runtime"}, {"models", "data", "negatives"},
+    {"objectives", "checkpoint", "engine"}, {"released", "evaluation"}, {"pretrain"}, {"cli"}]
+
 
 def _modules(package):
     return sorted((ROOT / package).rglob("*.py"))
@@ -41,15 +45,40 @@ def _room(dotted, package):
     return parts[1] if len(parts) > 1 and parts[0] == package else None
 
 
-def test_avprep_imports_go_down_only():
-    floor = {room: number for number, rooms in enumerate(AVPREP_FLOORS) for room in rooms}
-    for path in _modules("avprep"):
-        room = path.relative_to(ROOT / "avprep").parts[0].removesuffix(".py")
+@pytest.mark.parametrize(("package", "floors"), [("avprep", AVPREP_FLOORS), ("avtrain", AVTRAIN_FLOORS)])
+def test_imports_go_down_only(package, floors):
+    floor = {room: number for number, rooms in enumerate(floors) for room in rooms}
+    for path in _modules(package):
+        room = path.relative_to(ROOT / package).parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue  # the package's face: hands names on, late
         assert room in floor, f"{path.name} has no floor yet: give it one in this test"
         for dotted in _imports(path):
-            below = _room(dotted, "avprep")
-            if below in floor and below != room and below != "__init__":
+            below = _room(dotted, package)
+            if below in floor and below != room:
                 assert floor[below] < floor[room], f"{path.name} imports {dotted}"
+
+
+def test_models_and_data_never_meet_and_the_engine_knows_neither():
+    rooms = {path: {_room(dotted, "avtrain") for dotted in _imports(path)} for path in _modules("avtrain")}
+    for path, imported in rooms.items():
+        if path.parent.name == "models":
+            assert imported <= {"models", "config", None}, path
+        if path.parent.name == "data":
+            assert imported <= {"data", "config", "errors", None}, path
+    assert not rooms[ROOT / "avtrain/engine.py"] & {"models", "data", "objectives"}
+
+
+def test_every_setting_is_read_somewhere():
+    """Each field of the configuration is an attribute that some module other than config.py takes."""
+    read = {node.attr for path in _modules("avtrain") if path.name != "config.py"
+            for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    read |= {node.value for path in [ROOT / "avtrain/objectives.py"] for node in ast.walk(ast.parse(path.read_text()))
+             if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    for node in ast.walk(ast.parse((ROOT / "avtrain/config.py").read_text())):
+        if isinstance(node, ast.ClassDef):
+            for field in (entry.target.id for entry in node.body if isinstance(entry, ast.AnnAssign)):
+                assert field in read, f"{node.name}.{field} is read nowhere"
 
 
 def test_datasets_know_only_their_own_helpers():

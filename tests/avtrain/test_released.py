@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from redrawn import drawn
 from torch import Tensor
 
 import avtrain
+from avtrain.errors import AvtrainError
 from avtrain.models.avbert import AVBert, AVBertOutput
 from avtrain.released import load_released_heads
 
