@@ -53,7 +53,7 @@ def test_values_and_gradients_equal_the_plain_composition(layer: LowRankLinear) 
 
 
 def test_gradcheck(layer: LowRankLinear) -> None:
-    x = torch.randn(1, 2, INPUTS, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, 1, INPUTS, dtype=torch.float64, requires_grad=True)
     names = [f"layer.{name}" for name, _ in layer.named_parameters()]
 
     def function(x: Tensor, *parameters: Tensor) -> Tensor:
