@@ -2,11 +2,15 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 WORKERS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+DATASET ?= demo
+PRESET  ?= tiny
+SHARDS  ?= shards
+RUN     ?= runs/$(DATASET)-$(PRESET)
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow lint demo bench clean
+.PHONY: help install test test-slow lint pretrain demo bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -27,6 +31,11 @@ test-slow: $(READY)  ## run the tests that take minutes
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+pretrain: $(READY)  ## prepare DATASET (demo) and pretrain PRESET (tiny) on it; run again to go on
+	$(BIN)/avprep build --dataset $(DATASET) --split all --out $(SHARDS) --workers $(WORKERS)
+	$(BIN)/avtrain pretrain --shards $(SHARDS)/$(DATASET) --preset $(PRESET) --out $(RUN) \
+		$(if $(wildcard $(RUN)/checkpoints),--resume)
 
 demo: $(READY)  ## make the demo dataset, build its shards, draw a contact sheet
 	$(BIN)/avprep build --dataset demo --split all --workers $(WORKERS)

@@ -115,7 +115,8 @@ def _count(config: Config) -> dict[str, int]:
 @main.command()
 @click.option("--shards", multiple=True, default=["shards/demo"],
               help="Folder of a dataset or a split, or its http(s) address; may be repeated.")
-@click.option("--test-shards", multiple=True, help="Held-out folders.  [default: SHARDS/test where it is]")
+@click.option("--test-shards", multiple=True,
+              help="Held-out folders.  [default: SHARDS/test or SHARDS/val where it is]")
 @click.option("--preset", default="tiny", help="tiny, small, paper, or a .toml file.")
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE", help="Any setting; may be repeated.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/pretrain"),
@@ -135,11 +136,24 @@ def pretrain(shards: tuple[str, ...], test_shards: tuple[str, ...], preset: str,
 
     config = read_config(preset, overrides)
     train = [_split_of(location, "train") or location for location in shards]
-    test = list(test_shards) or [there for location in shards if (there := _split_of(location, "test"))]
+    test = list(test_shards) or [there for location in shards
+                                 if (there := _split_of(location, "test") or _split_of(location, "val"))]
     run = run_pretraining(config, train, test, out, choose_runtime(device, precision), resume, max_steps,
                           60 * max_time if max_time else None)
-    click.echo(f"step {run.position.step} of {config.training.steps}; {run.last_checkpoint()}/model.safetensors, "
+    click.echo(f"step {run.position.step} of {config.training.steps}: {run.last_checkpoint()}/model.safetensors, "
                f"{out}/metrics.jsonl")
+    _print_held_out(run.last_figures())
+
+
+def _print_held_out(figures: dict[str, float]) -> None:
+    """What the last evaluation found, beside chance."""
+    if "test_pair_accuracy" in figures:
+        click.echo(f"held-out pair accuracy {100 * figures['test_pair_accuracy']:.1f} % (chance 50 %)")
+    prefix = "test_masked_top1_"
+    for name, value in figures.items():
+        if name.startswith(prefix):
+            where = name.removeprefix(prefix).replace("_", " Transformer, ")
+            click.echo(f"held-out masked top-1 of 100 candidates, {where}: {100 * value:.1f} % (chance 1 %)")
 
 
 def _split_of(location: str, split: str) -> str | None:

@@ -203,6 +203,11 @@ class Run:
             kept = [line for line in lines if json.loads(line)["step"] <= self.position.step]
             self._metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
+    def last_figures(self) -> dict[str, float]:
+        """The last line of metrics that holds an evaluation."""
+        lines = [json.loads(line) for line in self._metrics.read_text(encoding="utf-8").splitlines()]
+        return next((line for line in reversed(lines) if any(name.startswith("test_") for name in line)), {})
+
     def last_checkpoint(self) -> Path | None:
         """The folder of the newest whole checkpoint."""
         checkpoints = self._checkpoints()
