@@ -135,35 +135,50 @@ class Residual(nn.Module):
         return F.relu(self.branch(x) + self.shortcut(x), inplace=True)
 
 
-class TimeConv3d(nn.Conv3d):
-    """A Conv3d that is right at every length.
-
-    On CPUs, a channels-last convolution over fewer frames than its kernel has (but more than one) returns garbage
-    weight gradients in bfloat16: kernel 3 on 2 frames, kernel 5 on 2, 3 or 4 (oneDNN, torch 2.13). Frames of zeros
-    after the last one are what the padding would have been, and bring the input to the kernel's length.
-    """
+class Conv2d(nn.Conv2d):
+    """A Conv2d that is right at every size: see `fits`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, channels, frames, height, width), as Conv3d."""
-        frames, kernel = x.shape[2], self.kernel_size[0]
-        if 1 < frames < kernel:
-            padded = super().forward(F.pad(x, (0, 0, 0, 0, 0, kernel - frames)))
-            return padded[:, :, :1 + (frames - 1) // self.stride[0]]
-        return super().forward(x)
+        """(batch, channels, height, width), as nn.Conv2d; float32 also under autocast where `fits` is false."""
+        if fits(x, self.kernel_size):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
+class Conv3d(nn.Conv3d):
+    """A Conv3d that is right at every size: see `fits`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, frames, height, width), as nn.Conv3d; float32 also under autocast where `fits` is false."""
+        if fits(x, self.kernel_size):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
+def fits(x: Tensor, kernel: Sequence[int]) -> bool:
+    """Whether maps are at least as large as the kernel in every direction.
+
+    Where they are smaller, the bfloat16 weight gradient of CPUs (oneDNN, avx512_bf16) is garbage for some kernels and
+    strides, and may write outside its memory: (3, 1, 1) on 2 frames, a (5, 7, 7) stem on 4 frames, 3 x 3 with stride 2
+    on 1 x 1. Such maps are small, so float32 costs next to nothing.
+    """
+    return all(size >= extent for size, extent in zip(x.shape[2:], kernel, strict=True))
 
 
 def conv3d(inputs: int, outputs: int, kernel: tuple[int, int, int], stride: tuple[int, int, int] = (1, 1, 1),
            ) -> list[nn.Module]:
     """Convolution with "same" padding and He's start values, and BatchNorm."""
     padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
-    convolution = TimeConv3d(inputs, outputs, kernel, stride, padding, bias=False)
+    convolution = Conv3d(inputs, outputs, kernel, stride, padding, bias=False)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
     return [convolution, nn.BatchNorm3d(outputs)]
 
 
 def conv2d(inputs: int, outputs: int, kernel: tuple[int, int], stride: tuple[int, int] = (1, 1)) -> list[nn.Module]:
     """Convolution with "same" padding and He's start values, and BatchNorm."""
-    convolution = nn.Conv2d(inputs, outputs, kernel, stride, (kernel[0] // 2, kernel[1] // 2), bias=False)
+    convolution = Conv2d(inputs, outputs, kernel, stride, (kernel[0] // 2, kernel[1] // 2), bias=False)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
     return [convolution, nn.BatchNorm2d(outputs)]
 

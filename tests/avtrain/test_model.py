@@ -10,7 +10,7 @@ from torch import Tensor
 
 from avtrain.config import ModelConfig, read_config
 from avtrain.models.avbert import AVBert, AVBertOutput
-from avtrain.models.cnn import TimeConv3d
+from avtrain.models.cnn import Conv2d, Conv3d
 
 SEGMENTS = 3
 
@@ -141,38 +141,48 @@ def test_pixels_may_be_bytes() -> None:
     torch.testing.assert_close(model(pixels, None).visual_pooled, model(normalized.float(), None).visual_pooled)
 
 
-@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 6])
-@pytest.mark.parametrize(("inputs", "kernel", "stride"), [
-    (64, (3, 1, 1), (1, 1, 1)), (3, (5, 7, 7), (1, 2, 2)), (3, (5, 7, 7), (2, 2, 2)), (8, (5, 1, 1), (8, 1, 1))])
-def test_temporal_convolution_is_right_in_bfloat16(inputs: int, kernel: tuple[int, int, int],
-                                                   stride: tuple[int, int, int], frames: int) -> None:
-    """The weight gradient, where a plain Conv3d has garbage for fewer frames than its kernel has, on some CPUs."""
+@pytest.mark.parametrize(("kernel", "stride", "size"), [
+    *(((3, 1, 1), (1, 1, 1), (frames, 7, 7)) for frames in (1, 2, 3, 4)),
+    *(((5, 7, 7), (2, 2, 2), (frames, 12, 12)) for frames in (1, 2, 3, 4, 5, 8)),
+    *(((5, 7, 7), (1, 2, 2), (8, side, side)) for side in (2, 4, 6, 7)),
+    *(((5, 1, 1), (8, 1, 1), (frames, 4, 4)) for frames in (1, 2, 4, 5, 9)),
+    *(((1, 3, 3), (1, 2, 2), (2, side, side)) for side in (1, 2, 3)),
+    *(((3, 3), (2, 2), (side, side)) for side in (1, 2, 3)),
+    *(((1, 3), (1, 2), (4, side)) for side in (1, 2, 3)),
+])
+@pytest.mark.parametrize("channels", [3, 64])
+def test_convolutions_are_right_in_bfloat16(kernel: tuple[int, ...], stride: tuple[int, ...], size: tuple[int, ...],
+                                            channels: int) -> None:
+    """Against float64. A plain convolution's weight gradient is garbage for many of these sizes on some CPUs."""
     torch.manual_seed(0)
-    padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
-    layer = TimeConv3d(inputs, 32, kernel, stride, padding, bias=False)
-    x = torch.randn(4, inputs, frames, 16, 16)
-    for memory_format in (torch.contiguous_format, torch.channels_last_3d):
+    convolution, exactly = ((Conv2d, torch.nn.functional.conv2d) if len(kernel) == 2 else
+                            (Conv3d, torch.nn.functional.conv3d))
+    channels_last = torch.channels_last if len(kernel) == 2 else torch.channels_last_3d
+    padding = tuple(extent // 2 for extent in kernel)
+    layer = convolution(channels, 64, kernel, stride, padding, bias=False)  # type: ignore[arg-type]
+    values = torch.randn(4, channels, *size)
+    for memory_format in (torch.contiguous_format, channels_last):
         layer = layer.to(memory_format=memory_format)
         layer.weight.grad = None
+        x = values.clone(memory_format=memory_format).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
-            output = layer(x.to(memory_format=memory_format))
+            output = layer(x)
         gradient = torch.randn_like(output)
         output.backward(gradient)
-        exact_weight = layer.weight.detach().double().requires_grad_()
-        exact = torch.nn.functional.conv3d(x.double(), exact_weight, None, stride, padding)
+        exact_x, exact_weight = (tensor.detach().double().requires_grad_() for tensor in (x, layer.weight))
+        exact = exactly(exact_x, exact_weight, stride=stride, padding=padding)
         exact.backward(gradient.double())
-        torch.testing.assert_close(output.double(), exact, rtol=0, atol=0.05)
-        assert exact_weight.grad is not None and layer.weight.grad is not None
-        difference = (layer.weight.grad.double() - exact_weight.grad).norm() / exact_weight.grad.norm()
-        assert difference < 0.02
+        for rounded, reference in ((output, exact), (x.grad, exact_x.grad), (layer.weight.grad, exact_weight.grad)):
+            assert rounded is not None and reference is not None
+            assert (rounded.double() - reference).norm() < 0.02 * reference.norm()
 
 
 @pytest.mark.parametrize("visual", ["slow50", "slowfast50"])
-@pytest.mark.parametrize("frames", [2, 4, 8, 16, 32])
-def test_bfloat16_gradients_of_the_visual_network(visual: str, frames: int) -> None:
-    """At every segment length a preset or an option reaches, down to 2 frames inside the network."""
-    model = small(visual=visual, visual_blocks=(1, 1, 1, 1)).visual_cnn.eval()
-    pixels = torch.randn(2, 3, frames, 32, 32)
+@pytest.mark.parametrize(("frames", "side"), [(1, 40), (2, 40), (3, 40), (4, 40), (16, 40), (8, 8), (8, 16)])
+def test_bfloat16_gradients_of_the_visual_network(visual: str, frames: int, side: int) -> None:
+    """At lengths and sizes that an option reaches, down to maps smaller than their kernels inside the network."""
+    model = small(visual=visual, visual_width=16, visual_blocks=(1, 1, 1, 1)).visual_cnn.eval()
+    pixels = torch.randn(4, 3, frames, side, side)
     gradients = []
     for bfloat16 in (False, True):
         model.zero_grad()
@@ -181,8 +191,7 @@ def test_bfloat16_gradients_of_the_visual_network(visual: str, frames: int) -> N
         pooled.float().sum().backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.dim() == 5])
     for exact, rounded in zip(*gradients, strict=True):
-        # rounding makes up to 0.26 of it here (a ReLU's sign may turn); garbage makes at least 0.8
-        assert (exact - rounded).norm() < 0.5 * exact.norm()
+        assert (exact - rounded).norm() < 0.3 * exact.norm()  # rounding adds up to a tenth; garbage is 0.7 and more
 
 
 def test_activation_checkpointing_changes_nothing() -> None:

@@ -1,0 +1,94 @@
+"""`avtrain pretrain` as a user runs it: on shards that avprep made, killed and resumed, and given wrong things."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from avtrain.checkpoint import load_model
+
+# Smaller than the tiny preset: seconds, not minutes.
+SMALL = ["training.batch_size=4", "training.steps=9", "training.save_every=2", "training.evaluate_every=9",
+         "training.learning_rate=1e-3", "data.segment_frames=4", "data.crop=24", "data.scale=[24, 32]",
+         "model.visual_width=8", "model.audio_width=8", "model.dimension=32", "model.feedforward=64", "model.layers=1",
+         "model.rank=8", "objectives.negatives=16", "data.workers=1"]
+
+
+@pytest.fixture(scope="module")
+def shards(small_demo, avprep, tmp_path_factory):
+    out = tmp_path_factory.mktemp("shards")
+    done = avprep("build", "--dataset", "demo", "--raw", small_demo, "--out", out, "--split", "all")
+    assert done.returncode == 0, done.stderr
+    return out / "demo"
+
+
+def _command(shards, out, *more):
+    settings = [part for setting in SMALL for part in ("--set", setting)]
+    return [sys.executable, "-m", "avtrain.cli", "pretrain", "--shards", str(shards), "--out", str(out), "--device",
+            "cpu", *settings, *map(str, more)]
+
+
+def _run(shards, out, *more):
+    return subprocess.run(_command(shards, out, *more), capture_output=True, text=True, check=False,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def _losses(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items()
+             if name not in ("clips_per_s", "waiting_share", "memory_mib")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(shards, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    done = _run(shards, out)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_a_run_leaves_what_is_promised(whole):
+    out, printed = whole
+    losses = _losses(out)
+    assert [line["step"] for line in losses] == list(range(1, 10)) and losses[-1]["epoch"] == 3
+    assert {"mep_visual", "mep_audio", "mep_multimodal", "pair", "pair_accuracy", "top1_visual", "test_loss",
+            "test_masked_top1_visual", "test_masked_top1_multimodal_audio"} <= set(losses[-1])
+    assert "held-out pair accuracy" in printed and str(out) in printed
+    assert json.loads((out / "config.json").read_text())["model"]["rank"] == 8
+    model = load_model(out / "checkpoints" / "step-000009" / "model.safetensors")
+    assert model.config.dimension == 32
+    assert len(list((out / "checkpoints").iterdir())) == 3
+
+
+def test_killed_and_resumed_gives_the_same_losses_step_for_step(shards, whole, tmp_path):
+    out = tmp_path / "run"
+    with subprocess.Popen(_command(shards, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        deadline = time.monotonic() + 120
+        while not list(out.glob("checkpoints/step-*/training.pt")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGKILL)
+    assert len(_losses(out)) < 9
+    done = _run(shards, out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert _losses(out) == _losses(whole[0])
+
+
+def test_mistakes_are_answered_in_a_line(shards, whole, tmp_path):
+    for arguments, expected in (
+            ((tmp_path / "nowhere", tmp_path / "run"), "nowhere/index.json"),
+            ((shards, whole[0]), "--resume"),
+            ((shards, tmp_path / "run", "--resume"), "no run in"),
+            ((shards, whole[0], "--resume", "--set", "model.rank=4"), "settings differ"),
+            ((shards, tmp_path / "run", "--set", "model.rnk=4"), "did you mean model.rank"),
+            ((shards, tmp_path / "run", "--set", "data.segment_frames=5"), "must divide"),
+            ((shards, tmp_path / "run", "--preset", "huge"), "known are"),
+            ((shards, tmp_path / "run", "--device", "cuda:7"), "--device cuda:7")):
+        done = _run(*arguments)
+        assert done.returncode == 1 and expected in done.stderr, (arguments, done.stderr)
+        assert "Traceback" not in done.stderr
