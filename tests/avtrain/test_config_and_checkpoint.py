@@ -37,11 +37,11 @@ def test_paper_preset_is_the_default_but_for_memory() -> None:
 
 
 def test_overrides() -> None:
-    config = read_config("tiny", ["model.rank=none", "model.fusion=late", "model.dropout=0", "data.crop=48",
+    config = read_config("tiny", ["model.rank=none", "model.fusion=late", "model.dropout=0", "data.crop=44",
                                   "model.visual_blocks=[2, 2]", "model.share_layers=false"])
     model = config.model
     assert (model.rank, model.fusion, model.dropout, config.data.crop, model.visual_blocks, model.share_layers) == (
-        None, "late", 0.0, 48, (2, 2), False)
+        None, "late", 0.0, 44, (2, 2), False)
 
 
 @pytest.mark.parametrize(("override", "message"), [
