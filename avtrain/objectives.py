@@ -201,7 +201,9 @@ def masked_positions(present: Tensor, rate: float, generator: torch.Generator) -
 
 
 def wrong_sounds(eligible: Tensor, generator: torch.Generator) -> Tensor:
-    """Whose sound each clip gets: half of the eligible clips, if two or more, get one another's in a ring.
+    """Whose sound each clip gets: half of the eligible clips get one another's in a ring.
+
+    Of two or three clips, two are exchanged half of the time: one alone could only get its own sound.
 
     Args:
         eligible: (batch,) boolean, clips that have both modalities.
@@ -210,8 +212,8 @@ def wrong_sounds(eligible: Tensor, generator: torch.Generator) -> Tensor:
         (batch,) clip numbers.
     """
     clips = eligible.nonzero().squeeze(1)
-    # Half, rounded to an even chance: one alone could only get its own sound.
-    count = len(clips) // 2 if len(clips) >= 4 else (2 if len(clips) >= 2 else 0)
+    exchanged = bool(torch.rand((), generator=generator) < 0.5)
+    count = len(clips) // 2 if len(clips) >= 4 else 2 * (exchanged and len(clips) >= 2)
     order = torch.randperm(len(clips), generator=generator).to(clips.device)
     chosen = clips[order[:count]]
     sound_of = torch.arange(len(eligible), device=eligible.device)

@@ -169,7 +169,10 @@ def batches(dataset: ClipDataset, places: Sequence[Sequence[ClipPlace]], epoch: 
     loader = DataLoader(
         dataset, batch_sampler=[[(place, epoch) for place in batch] for batch in places], collate_fn=collate,
         num_workers=workers, prefetch_factor=2 if workers else None,
-        worker_init_fn=_one_thread if workers else None)
+        worker_init_fn=_one_thread if workers else None,
+        # Its own, though nothing here draws from it: a loader would else take a number from the global generator
+        # whenever it is made, and a run that is resumed in mid-epoch would go on with other dropout.
+        generator=torch.Generator())
     yield from loader
 
 

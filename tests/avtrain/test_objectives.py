@@ -128,6 +128,8 @@ def test_half_of_the_clips_get_anothers_sound():
         changed += wrong
     assert (changed[:9] / 300 - 4 / 9).abs().max() < 0.12
     assert torch.equal(wrong_sounds(torch.tensor([True, False]), _generator()), torch.arange(2))
+    pairs = [wrong_sounds(torch.tensor([True, True]), _generator(seed)).tolist() for seed in range(200)]
+    assert 70 < sum(pair == [1, 0] for pair in pairs) < 130 and all(sorted(pair) == [0, 1] for pair in pairs)
 
 
 # --- losses
