@@ -16,6 +16,8 @@ from avprep.errors import AvprepError
 from avprep.progress import progress
 from avprep.shards import read_index, read_samples
 
+_BLOCK_BYTES = 1 << 20
+
 
 def problems_of(index_path: Path) -> Iterator[str]:
     """Check every shard of an index; yields one line a problem, with the shard's name."""
@@ -35,8 +37,11 @@ def problems_of(index_path: Path) -> Iterator[str]:
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(_BLOCK_BYTES):  # hashlib.file_digest came with Python 3.11
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _problems_of_shard(shard: Path, expected: int, spec: dict[str, Any]) -> Iterator[str]:
@@ -85,5 +90,3 @@ def _problem_of_video(mp4: bytes, frames: int, spec: dict[str, Any]) -> str | No
     if not all(keyframes[:: spec["segment_frames"]]):
         return "a segment does not start with a keyframe"
     return None
-
-

@@ -80,7 +80,7 @@ def masked_log_mel(segments: NDArray[np.float32], frequency_share: float, time_s
     Args:
         segments: (segments, mels, frames).
     """
-    masked = segments.copy()
+    masked: NDArray[np.float32] = segments.copy()
     mean = segments.mean()
     for axis, share in ((1, frequency_share), (2, time_share)):
         length = segments.shape[axis]

@@ -63,7 +63,8 @@ def decode_frames(mp4: bytes, step: int, first: int = 0, last: int | None = None
 def _plane(plane: Any) -> NDArray[np.uint8]:
     """The plane without the padding of its lines: (height, width), a copy, for the decoder reuses its memory."""
     lines: NDArray[np.uint8] = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
-    return lines[:plane.height, :plane.width].copy()
+    picture: NDArray[np.uint8] = lines[:plane.height, :plane.width].copy()
+    return picture
 
 
 def decode_log_mel(content: bytes) -> NDArray[np.float16]:
