@@ -103,7 +103,7 @@ def build_split(options: BuildOptions, split: str) -> SplitReport:
             (folder / INDEX).unlink(missing_ok=True)  # it would not fit the shards for a while
             for task, marker in _write_shards(todo, folder, split, options):
                 markers[task.number] = marker
-        _remove_stale(folder, split, {task.number for task in tasks})
+        _remove_stale(folder, split, markers)
         done = [markers[task.number] for task in tasks]
         report = account(folder, sources, media, listing, done)
         write_index(folder, options.dataset, split, options.spec, listing, done, report)
@@ -166,6 +166,8 @@ def _write_shards(tasks: list[ShardTask], folder: Path, split: str,
     todo = [window for task in tasks for window in task.windows]
     results = progress(EXECUTORS[options.executor](make, todo, options.workers), f"build {split}", "clip", len(todo))
     for task in tasks:
+        marker_path = _marker_path(folder, split, task.number)
+        shard = None
         entries: list[dict[str, Any]] = []
         failures: list[dict[str, Any]] = []
         with ShardWriter(folder / f"{split}-{task.number:06d}.tar") as writer:
@@ -177,9 +179,11 @@ def _write_shards(tasks: list[ShardTask], folder: Path, split: str,
                     entries.append({"source": window.source.key, "labels": result.info["labels"],
                                     "length_s": round(result.info["end_s"] - window.start_s, 4),
                                     "missing": result.info["missing"]})
-            shard = writer.finish() if entries else None
+            if entries:
+                marker_path.unlink(missing_ok=True)  # a kill after finish() must not leave it to vouch for this tar
+                shard = writer.finish()
         marker = {"fingerprint": task.fingerprint, "shard": shard, "clips": entries, "failures": failures}
-        write_whole(_marker_path(folder, split, task.number), json.dumps(marker))
+        write_whole(marker_path, json.dumps(marker))
         yield task, marker
     next(results, None)  # lets the progress bar end at its total
 
@@ -203,9 +207,13 @@ def _marker_if_done(folder: Path, split: str, task: ShardTask) -> dict[str, Any]
     return marker
 
 
-def _remove_stale(folder: Path, split: str, numbers: set[int]) -> None:
-    """Shards of an earlier plan that had more of them would be read along by whoever globs."""
-    for marker in (folder / ".build").glob(f"{split}-*.json"):
-        if int(marker.stem.rpartition("-")[2]) not in numbers:
-            (folder / f"{marker.stem}.tar").unlink(missing_ok=True)
-            marker.unlink()
+def _remove_stale(folder: Path, split: str, markers: dict[int, dict[str, Any]]) -> None:
+    """Remove tars and markers that are not of this build: whoever globs would read them along.
+
+    Goes by what is on disk: `--force` deletes the markers first, and a shard all of whose clips fail has no tar now.
+    """
+    kept = {_marker_path(folder, split, number) for number in markers}
+    kept |= {folder / marker["shard"]["url"] for marker in markers.values() if marker["shard"]}
+    for path in [*folder.glob(f"{split}-[0-9]*.tar"), *(folder / ".build").glob(f"{split}-[0-9]*.json")]:
+        if path not in kept:
+            path.unlink()

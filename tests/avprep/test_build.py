@@ -198,6 +198,59 @@ def test_changed_files_and_spec_are_built_anew(small_demo, avprep, undisturbed, 
     assert {info["height"] for info, _ in _samples(tmp_path / "out/demo/train").values()} == {48}
 
 
+def _tars(folder):
+    return sorted(path.name for path in folder.glob("*.tar"))
+
+
+def _listed(folder):
+    return [entry["url"] for entry in _index(folder)["shardlist"]]
+
+
+def test_a_forced_build_of_fewer_files_leaves_only_its_own_tars(small_demo, avprep, tmp_path):
+    folder = tmp_path / "demo" / "train"
+    assert _build(avprep, small_demo, tmp_path, 2).returncode == 0
+    before = _tars(folder)
+    assert _build(avprep, small_demo, tmp_path, 2, "--limit", 2, "--force").returncode == 0
+    assert _tars(folder) == _listed(folder) and 0 < len(_tars(folder)) < len(before)
+
+
+def test_a_shard_whose_clips_all_fail_now_loses_its_tar(media, avprep, tmp_path):
+    raw, folder = tmp_path / "raw", tmp_path / "folder" / "train"
+    raw.mkdir()
+    shutil.copy(media / "h265.mp4", raw / "good.mp4")
+    shutil.copyfile(media / "h265.mp4", raw / "changing.mp4")
+    build = ("build", "--dataset", "folder", "--raw", raw, "--out", tmp_path, "--shard-mb", 0.001)  # a clip a shard
+    assert avprep(*build).returncode == 0
+    assert _tars(folder) == _listed(folder) and len(_tars(folder)) == 2
+    shutil.copyfile(media / "corrupted.mp4", raw / "changing.mp4")
+    assert avprep(*build).returncode == 0
+    assert list(_samples(folder)) == ["good-0000"] and _tars(folder) == _listed(folder)
+
+
+def test_killed_between_a_tar_and_its_marker(ffmpeg, avprep, tmp_path, monkeypatch):
+    """The marker of an earlier build must not vouch for another tar of the same size."""
+    import avprep.build as building
+    from avprep.spec import ClipSpec
+
+    raw, folder = tmp_path / "raw", tmp_path / "folder" / "train"
+    (raw / "b").mkdir(parents=True)
+    ffmpeg("-f", "lavfi", "-i", "sine=440:r=8000:d=5", raw / "b" / "tone.wav")
+    build = ("build", "--dataset", "folder", "--raw", raw, "--out", tmp_path, "--shard-mb", 0.001)  # a clip a shard
+    assert avprep(*build).returncode == 0
+    shutil.copytree(raw / "b", raw / "a")  # another class, so b gets another number
+
+    def killed(path, text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(building, "write_whole", killed)
+    with pytest.raises(KeyboardInterrupt):
+        building.build_split(building.BuildOptions("folder", raw, tmp_path, ClipSpec(), 1, 1000, 60), "train")
+    shutil.rmtree(raw / "a")
+    assert avprep(*build).returncode == 0
+    checked = avprep("verify", folder)
+    assert checked.returncode == 0, checked.stdout
+
+
 def test_only_one_build_at_a_time(small_demo, avprep, tmp_path):
     import fcntl
 
