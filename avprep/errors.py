@@ -19,6 +19,7 @@ class Reason(str, Enum):
     TRUNCATED = "truncated"
     CORRUPT = "corrupt stream"
     TIMEOUT = "time-out"
+    CRASHED = "ffmpeg was killed"
 
 
 class SourceFailed(Exception):

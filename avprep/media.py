@@ -138,7 +138,7 @@ def cut_clip(path: Path, media: Media, start_s: float, length_s: float, spec: Cl
         (mp4 bytes or None without pictures, mono waveform (samples,) float32 in [-1, 1] or None without sound)
 
     Raises:
-        SourceFailed: ffmpeg met an error or ran out of time, or far less came out than the window's length.
+        SourceFailed: ffmpeg met an error, ran out of time or was killed.
     """
     seek = {"ss": f"{start_s:.6f}"} if start_s > 0 else {}
     source = ffmpeg.input(f"file:{path.absolute()}", t=f"{length_s:.6f}", threads=1, **seek, **_SAFE_INPUT)
@@ -186,6 +186,9 @@ def _run(command: list[str], timeout_s: float) -> bytes:
         except subprocess.TimeoutExpired as error:
             process.kill()
             raise SourceFailed("decode", Reason.TIMEOUT, f"after {timeout_s:g} s") from error
+    if process.returncode < 0:
+        raise SourceFailed("decode", Reason.CRASHED, f"by signal {-process.returncode}; if memory ran out, build again "
+                           "with --force and fewer --workers")
     if process.returncode != 0:
         if b"No space left on device" in stderr:
             raise AvprepError("the disk is full: free some space and run the same command again to go on")

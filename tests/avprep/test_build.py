@@ -282,6 +282,27 @@ def test_time_out_is_a_failure_like_any_other(media, avprep, tmp_path):
     assert failure["clips_failed"] >= 4 and "1 time-out" in done.stdout
 
 
+def test_a_killed_ffmpeg_is_not_blamed_on_the_file(media, avprep, tmp_path):
+    """The kernel kills whoever takes the most when memory runs out; here an ffmpeg kills itself."""
+    raw, fake = tmp_path / "raw", tmp_path / "bin" / "ffmpeg"
+    raw.mkdir()
+    fake.parent.mkdir()
+    shutil.copy(media / "h265.mp4", raw)
+    fake.write_text("""#!/bin/sh
+case "$*" in
+  *-encoders*) echo libx264;;
+  *-version*) echo ffmpeg version 0;;
+  *) kill -9 $$;;
+esac
+""")
+    fake.chmod(0o755)
+    done = avprep("build", "--dataset", "folder", "--raw", raw, "--out", tmp_path,
+                  env={**os.environ, "PATH": f"{fake.parent}:{os.environ['PATH']}"})
+    [failure] = [json.loads(line) for line in (tmp_path / "folder/train/failures.jsonl").read_text().splitlines()]
+    assert failure["reason"] == "ffmpeg was killed" and "signal 9" in failure["detail"]
+    assert "fewer --workers" in failure["detail"] and "1 ffmpeg was killed" in done.stdout
+
+
 def test_memory_stays_flat_over_a_long_video(ffmpeg, tmp_path):
     """A 2-hour video in under 1 GB, ffmpeg included."""
     raw = tmp_path / "raw"
