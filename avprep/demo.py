@@ -7,6 +7,7 @@ loudness tells the class, and a clip can't be recognised by its looks.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import zlib
 from collections.abc import Callable
@@ -79,6 +80,8 @@ def make_demo(folder: Path, workers: int, counts: dict[str, int] | None = None, 
     part = folder.with_name(folder.name + ".part")
     videos = [(part / split / CLASSES[number % len(CLASSES)] / f"{number:04d}.mp4", seed)
               for split, count in (counts or COUNTS).items() for number in range(count)]
+    if part.exists():
+        shutil.rmtree(part)  # of a run that was stopped: what it left would be taken for videos
     for path, _ in videos:
         path.parent.mkdir(parents=True, exist_ok=True)
     made = run_local(partial(_make_video, root=part), videos, workers)

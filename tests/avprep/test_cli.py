@@ -76,6 +76,16 @@ def test_demo_refuses_a_folder_with_files(avprep, tmp_path):
     assert done.returncode == 1 and "not empty" in done.stderr and (tmp_path / "mine.txt").exists()
 
 
+def test_demo_leaves_nothing_of_a_run_that_was_stopped(avprep, tmp_path):
+    left = tmp_path / "demo.part" / "train" / "bounce"
+    left.mkdir(parents=True)
+    (left / "0000.f32").write_bytes(b"half a sound")
+    (left / "9999.mp4").write_bytes(b"half a video")
+    done = avprep("demo", "--out", tmp_path / "demo", "--train", 1, "--test", 1)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.rglob("*.*") if path.is_file()] == ["0000.mp4", "0000.mp4"]
+
+
 def test_demo_is_the_same_every_time(avprep, small_demo, tmp_path):
     assert avprep("demo", "--out", tmp_path / "again", "--train", 10, "--test", 2, "--workers", 1).returncode == 0
     first = {path.relative_to(small_demo): path.read_bytes() for path in small_demo.rglob("*.mp4")}
