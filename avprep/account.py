@@ -41,7 +41,7 @@ def reason_of(failure: SourceFailed) -> dict[str, str]:
 
 
 def account(folder: Path, sources: list[Source], media: list[Media | SourceFailed], listing: Listing,
-             markers: list[dict[str, Any]]) -> SplitReport:
+            markers: list[dict[str, Any]]) -> SplitReport:
     """Write failures.jsonl (one line a source) and skipped.jsonl, and count."""
     failures: dict[str, dict[str, Any]] = {}  # by the source's key
     for source, found in zip(sources, media, strict=True):

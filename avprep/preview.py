@@ -44,10 +44,10 @@ def contact_sheet(shards: Path, output: Path, clips: int) -> int:
         names = ", ".join(classes[label] for label in info["labels"]) or "no label"
         top.set_title(f"{names}   ·   {info['key']}   ·   {info['source']} from {info['start_s']:g} s", loc="left",
                       fontsize=8, pad=2)
-        _show(top, _film_strip(members["mp4"], info) if "mp4" in members else None, "no picture", length_s, "equal")
+        _show(top, _film_strip(members["mp4"], info) if "mp4" in members else None, "no picture", length_s)
         bottom = figure.add_subplot(grid[2 * number + 1])
         mel = np.load(io.BytesIO(members["logmel.npy"])) if "logmel.npy" in members else None
-        _show(bottom, mel, "no sound", length_s, "auto", info["sound_s"])
+        _show(bottom, mel, "no sound", length_s, info["sound_s"])
         bottom.set_xticks(np.arange(0, length_s + 1e-6, 2 if length_s > 5 else 0.5))
         bottom.set_xlabel("seconds" if number == len(rows) - 1 else "", fontsize=7)
         bottom.tick_params(axis="x", labelsize=7, length=2, pad=1)
@@ -78,7 +78,7 @@ def _film_strip(mp4: bytes, info: dict[str, Any]) -> NDArray[np.uint8]:
     return np.concatenate(frames, axis=1)
 
 
-def _show(axes: Any, image: NDArray[Any] | None, absent: str, length_s: float, aspect: str,
+def _show(axes: Any, image: NDArray[Any] | None, absent: str, length_s: float,
           image_s: float | None = None) -> None:
     axes.set_xlim(0, length_s)
     axes.set_yticks([])
