@@ -280,6 +280,19 @@ def test_time_out_is_a_failure_like_any_other(media, avprep, tmp_path):
     [failure] = [json.loads(line) for line in (tmp_path / "folder/train/failures.jsonl").read_text().splitlines()]
     assert (failure["path"], failure["reason"]) == ("v2d_test.mp4", "time-out")
     assert failure["clips_failed"] >= 4 and "1 time-out" in done.stdout
+    again = avprep("build", "--dataset", "folder", "--raw", raw, "--out", tmp_path)  # now with time enough
+    assert "all shards were there already" in again.stdout and "1 time-out" in again.stdout
+
+
+def test_a_file_that_could_not_be_opened_is_looked_at_in_every_run(media, avprep, tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    shutil.copy(media / "h265.mp4", raw / "good.mp4")
+    (raw / "late.mp4").write_bytes((media / "bikes.mp4").read_bytes()[:100_000])  # still being copied
+    build = ("build", "--dataset", "folder", "--raw", raw, "--out", tmp_path)
+    assert "1 written" in avprep(*build).stdout
+    (raw / "late.mp4").write_bytes((media / "bikes.mp4").read_bytes())
+    assert "2 written" in avprep(*build).stdout
 
 
 def test_a_killed_ffmpeg_is_not_blamed_on_the_file(media, avprep, tmp_path):
