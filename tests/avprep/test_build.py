@@ -169,18 +169,25 @@ def test_killed_at_five_random_moments(small_demo, avprep, undisturbed, tmp_path
 
 
 def test_ctrl_c_exits_with_130_and_loses_nothing(small_demo, avprep, undisturbed, tmp_path):
+    # Tests that run as a shell's background job ignore Ctrl-C, and what they start inherits that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", "avprep.cli", "build", "--dataset", "demo", "--raw", str(small_demo), "--out",
          str(tmp_path), "--shard-mb", "1.5", "--workers", "1"], stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.rglob("*.tar")) and time.monotonic() < deadline:
+    while not list(tmp_path.rglob(".build/train-*.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, printed = process.communicate(timeout=30)
     assert process.returncode == 130, printed
     assert "run the same command again" in printed and "Traceback" not in printed
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")
+                if (path.parent / ".build" / f"{path.stem}.json").exists()}  # written after the tar
+    assert 0 < len(finished) < sum(name.endswith(".tar") for name in undisturbed)
     done = _build(avprep, small_demo, tmp_path, 2)
     assert done.returncode == 0 and _bytes_of(tmp_path) == undisturbed
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
 
 
 def test_changed_files_and_spec_are_built_anew(small_demo, avprep, undisturbed, tmp_path):
