@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,21 +12,8 @@ from torch import Tensor, nn
 
 from avtrain.config import Config, config_from, config_to
 from avtrain.errors import AvtrainError
+from avtrain.files import written_whole
 from avtrain.models.avbert import AVBert
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; what is written there takes its place if the block ends well, else vanishes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_model(path: Path, model: nn.Module, config: Config) -> None:

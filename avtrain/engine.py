@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from avtrain.config import TrainingConfig
 from avtrain.errors import AvtrainError
+from avtrain.files import written_whole
 from avtrain.progress import bar_options
 
 _MOST_BAD_STEPS = 10
@@ -201,7 +202,8 @@ class Run:
         if self._metrics.exists():
             lines = [line for line in self._metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["step"] <= self.position.step]
-            self._metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            with written_whole(self._metrics) as temporary:
+                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def last_figures(self) -> dict[str, float]:
         """The last line of metrics that holds an evaluation."""

@@ -17,6 +17,7 @@ from avtrain.data.shards import ShardFolder, open_folders
 from avtrain.engine import Run
 from avtrain.errors import AvtrainError
 from avtrain.evaluation import HeldOut
+from avtrain.files import written_whole
 from avtrain.models.avbert import AVBert
 from avtrain.objectives import Objectives
 from avtrain.runtime import Runtime, seed_everything
@@ -71,7 +72,8 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     if resume:
         run.resume()
     else:
-        (out / _CONFIG).write_text(json.dumps(config_to(config), indent=1) + "\n", encoding="utf-8")
+        with written_whole(out / _CONFIG) as temporary:
+            temporary.write_text(json.dumps(config_to(config), indent=1) + "\n", encoding="utf-8")
 
     def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
         result = objectives(model, *batch.tensors(runtime.device), generator)

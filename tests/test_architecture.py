@@ -16,7 +16,7 @@ AVPREP_FLOORS = [
     {"shards", "plan"}, {"account", "demo", "verify", "preview"}, {"build"}, {"cli"}]
 
 AVTRAIN_FLOORS = [
-    {"errors", "__init__", "progress"}, {"config", "runtime"}, {"models", "data", "negatives"},
+    {"errors", "__init__", "progress", "files"}, {"config", "runtime"}, {"models", "data", "negatives"},
     {"objectives", "checkpoint", "engine"}, {"released", "evaluation"}, {"pretrain"}, {"cli"}]
 
 

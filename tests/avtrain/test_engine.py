@@ -4,6 +4,7 @@ import json
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +95,23 @@ def test_resuming_after_a_kill_starts_at_the_last_whole_checkpoint(tmp_path):
     second = _Experiment(tmp_path)
     second.run.resume()
     assert second.run.position.step == 8
+
+
+def test_resuming_that_is_stopped_leaves_the_metrics_as_they_were(tmp_path, monkeypatch):
+    _Experiment(tmp_path).train(max_steps=8)
+    before = (tmp_path / "metrics.jsonl").read_text()
+
+    def stopped(path, text, **options):
+        with path.open("w") as file:
+            file.write(text[:len(text) // 2])
+        raise KeyboardInterrupt
+
+    second = _Experiment(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", stopped)
+        second.run.resume()
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl", "tensorboard"]
 
 
 def test_metrics_hold_what_is_promised(tmp_path):
