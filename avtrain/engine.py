@@ -23,6 +23,7 @@ from avtrain.progress import bar_options
 
 _MOST_BAD_STEPS = 10
 _STATE = "training.pt"
+_TOKEN_VECTORS = {"bos", "modality", "positions", "mask"}
 
 
 class Batches(Protocol):
@@ -239,12 +240,17 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
 
 
 def parameter_groups(modules: dict[str, nn.Module], weight_decay: float) -> list[dict[str, Any]]:
-    """All parameters once, in two groups: weight decay on matrices and kernels, none on norms, biases and vectors."""
-    parameters = {id(parameter): parameter for module in modules.values() for parameter in module.parameters()
-                  if parameter.requires_grad}
-    return [{"params": [parameter for parameter in parameters.values() if parameter.dim() > 1],
-             "weight_decay": weight_decay},
-            {"params": [parameter for parameter in parameters.values() if parameter.dim() <= 1], "weight_decay": 0.0}]
+    """All parameters once, in two groups: with weight decay (matrices, kernels) and without.
+
+    Without: norms and biases, known by their one dimension; and vectors that are tokens or are added to tokens, stacked
+    in matrices and known by the last part of their name: bos, modality, positions, mask.
+    """
+    named = {id(parameter): (name.rpartition(".")[2], parameter) for module in modules.values()
+             for name, parameter in module.named_parameters() if parameter.requires_grad}
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in named.values():
+        groups[parameter.dim() > 1 and name not in _TOKEN_VECTORS].append(parameter)
+    return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
 
 
 def _memory_mib() -> float:
