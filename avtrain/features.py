@@ -21,11 +21,13 @@ from avtrain.config import DataConfig
 from avtrain.data.loader import Batch, ClipDataset, UnreadableCount, batches
 from avtrain.data.order import batches_of, fixed_order
 from avtrain.data.shards import ShardFolder
+from avtrain.data.views import ViewDataset, ViewItem, view_batches
 from avtrain.models.avbert import AVBert
 from avtrain.progress import bar_options
 from avtrain.runtime import Runtime
 
 _CLIPS_AT_ONCE = 8
+_SEGMENTS_AT_ONCE = 160
 _NOT_IN_VIEW = ("workers", "shards_at_once", "frequency_mask", "time_mask")  # what does not change the fixed view
 
 
@@ -76,19 +78,45 @@ def frozen_features(model: AVBert, folder: ShardFolder, config: DataConfig, runt
         places = batches_of(fixed_order([shard.clips for shard in folder.shards]), _CLIPS_AT_ONCE)
         supply = batches(ClipDataset(folder, config, None), places, 0, config.workers)
         bar = tqdm(supply, "features", len(places), unit="batch", **bar_options())
-        return extract(model, bar, runtime, UnreadableCount(folder.clips))
+        return _extract(model, bar, runtime, folder.clips)
 
-    return cached(compute, cache, [weights_hash(model), folder.fingerprint, str(runtime.autocast_dtype), view])
+    return _cached(compute, cache, [weights_hash(model), folder.fingerprint, str(runtime.autocast_dtype), view])
+
+
+def view_features(model: AVBert, dataset: ViewDataset, runtime: Runtime, cache: Path | None = None) -> Features:
+    """The CNNs' features of all clips in evenly spaced views: `frozen_features` with a row a view.
+
+    Args:
+        model, runtime, cache: as for `frozen_features`.
+        dataset: with fixed views.
+
+    Returns:
+        Features without tokens; those of a modality that is left out have no channels.
+
+    Raises:
+        AvtrainError: as `frozen_features`.
+    """
+    folder, config, views = dataset.folder, dataset.config, dataset.views
+    left_out = {"visual": "audio_", "audio": "visual_"}.get(views.modality, "nothing")
+
+    def compute() -> Features:
+        places = batches_of(fixed_order([shard.clips for shard in folder.shards]),
+                            max(1, _SEGMENTS_AT_ONCE // (views.clips * views.crops)))
+        supply = view_batches(dataset, [[ViewItem(place) for place in batch] for batch in places], 0, config.workers)
+        bar = tqdm(supply, "features", len(places), unit="batch", **bar_options())
+        features = _extract(model, bar, runtime, folder.clips, tokens=False)
+        return dataclasses.replace(features, **{
+            name: getattr(features, name)[..., :0] for name in ("visual_pooled", "audio_pooled", "visual_local",
+                                                                "audio_local") if name.startswith(left_out)})
+
+    view = [config.segment_frames, config.scale[0], dataclasses.asdict(views)]
+    return _cached(compute, cache, [weights_hash(model), folder.fingerprint, str(runtime.autocast_dtype), view])
 
 
 @torch.no_grad()
-def extract(model: AVBert, supply: Iterable[Batch], runtime: Runtime, unreadable: UnreadableCount) -> Features:
-    """The features of batches, in their order.
-
-    Raises:
-        AvtrainError: too many clips can't be decoded.
-    """
-    was_training = model.training
+def _extract(model: AVBert, supply: Iterable[Batch], runtime: Runtime, clips: int, tokens: bool = True) -> Features:
+    """The features of batches, in their order; the Transformers' too, or not."""
+    was_training, unreadable = model.training, UnreadableCount(clips)
     model.to(runtime.device).eval()
     keys: list[str] = []
     labels: list[list[int]] = []
@@ -96,7 +124,8 @@ def extract(model: AVBert, supply: Iterable[Batch], runtime: Runtime, unreadable
     for batch in supply:
         unreadable.add(batch.unreadable)
         with runtime.autocast():
-            output = model(*batch.tensors(runtime.device))
+            inputs = batch.tensors(runtime.device)
+            output = model(*inputs) if tokens else model.embed(*inputs)[0]
         keys += batch.keys
         labels += batch.labels
         tensors = {"visual_present": batch.visual_present, "audio_present": batch.audio_present, **output._asdict()}
@@ -107,7 +136,7 @@ def extract(model: AVBert, supply: Iterable[Batch], runtime: Runtime, unreadable
     return Features(keys, labels, **{name: torch.cat(tensors) for name, tensors in parts.items()})
 
 
-def cached(compute: Callable[[], Features], cache: Path | None, key: list[Any]) -> Features:
+def _cached(compute: Callable[[], Features], cache: Path | None, key: list[Any]) -> Features:
     """What `compute` gives, or gave before for the same key.
 
     Args:

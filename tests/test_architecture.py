@@ -16,8 +16,9 @@ AVPREP_FLOORS = [
     {"shards", "plan"}, {"account", "demo", "verify", "preview"}, {"build"}, {"cli"}]
 
 AVTRAIN_FLOORS = [
-    {"errors", "__init__", "progress"}, {"config", "runtime"}, {"models", "data", "negatives"},
-    {"objectives", "checkpoint", "engine"}, {"released", "evaluation", "features"}, {"pretrain"}, {"cli"}]
+    {"errors", "__init__", "progress"}, {"config", "runtime", "metrics"}, {"tasks"}, {"models", "data", "negatives"},
+    {"objectives", "checkpoint", "engine"}, {"released", "evaluation", "features"},
+    {"predictions"}, {"pretrain", "finetune", "outcome"}, {"probes"}, {"transfer", "retrieval"}, {"cli"}]
 
 
 def _modules(package):
