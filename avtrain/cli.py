@@ -255,6 +255,58 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
                    f"{published or '-'} | {row['source'] if published else '-'} |")
 
 
+@main.command()
+@click.option("--checkpoint", type=_FILE, required=True, help="Of ours (.safetensors) or of the authors' (.pyth).")
+@click.option("--shards", multiple=True, required=True, help="Folder of a split, or its address; may be repeated.")
+@click.option("-o", "--output", type=_FILE, required=True, help="The .parquet file to write.")
+@click.option("--set", "overrides", multiple=True, metavar="data.FIELD=VALUE", help="May be repeated.")
+@click.option("--cache", type=_FOLDER, default=Path("runs/features"), help="Folder of frozen features.")
+@click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]")
+@click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto")
+def embed(checkpoint: Path, shards: tuple[str, ...], output: Path, overrides: tuple[str, ...], cache: Path,
+          device: str | None, precision: str) -> None:
+    """Write embeddings of clips: one row a clip and segment (key, labels, time_s, visual, audio, multimodal)."""
+    from avtrain.data.shards import open_folders
+    from avtrain.retrieval import write_embeddings
+    from avtrain.runtime import choose_runtime
+    from avtrain.transfer import load_source
+
+    source = load_source(checkpoint, overrides)
+    rows = write_embeddings(source.model, open_folders(list(shards)), source.data, choose_runtime(device, precision),
+                            output, cache)
+    click.echo(f"{rows} rows in {output}")
+
+
+@main.command()
+@click.option("--checkpoint", type=_FILE, required=True, help="Of ours (.safetensors) or of the authors' (.pyth).")
+@click.option("--shards", type=_FOLDER, default=Path("shards/demo"),
+              help="Folder of a dataset: common directions are learned on train, without labels, tried on test.")
+@click.option("-o", "--output", type=_FILE, default=Path("runs/retrieval.png"), help="The picture to draw.")
+@click.option("--set", "overrides", multiple=True, metavar="data.FIELD=VALUE", help="May be repeated.")
+@click.option("--cache", type=_FOLDER, default=Path("runs/features"), help="Folder of frozen features.")
+@click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]")
+@click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto")
+def retrieve(checkpoint: Path, shards: Path, output: Path, overrides: tuple[str, ...], cache: Path,
+             device: str | None, precision: str) -> None:
+    """Find the pictures that go with a sound, and the sounds that go with a picture."""
+    from avtrain.data.shards import open_folders
+    from avtrain.retrieval import draw_retrieval
+    from avtrain.retrieval import retrieve as search
+    from avtrain.runtime import choose_runtime
+    from avtrain.transfer import load_source
+
+    source = load_source(checkpoint, overrides)
+    train, test = (open_folders([str(shards / split)]) for split in ("train", "test"))
+    found = search(source.model, train, test, source.data, choose_runtime(device, precision), cache)
+    for name, from_sound in (("sound to picture", True), ("picture to sound", False)):
+        ks = [k for k in (1, 5, 10) if k < len(found.keys)]
+        click.echo(f"{name}, {len(found.keys)} clips: " + ", ".join(
+            f"recall@{k} {100 * found.recall(k, from_sound):.1f} % (chance {100 * k / len(found.keys):.1f} %)"
+            for k in ks))
+    draw_retrieval(found, test, source.data, output)
+    click.echo(str(output))
+
+
 @main.command("import-released")
 @click.argument("checkpoint", type=_FILE)
 @click.option("-o", "--output", type=_FILE, required=True, help="The .safetensors file to write.")
