@@ -356,7 +356,8 @@ def _check_folder(out: Path, settings: dict[str, Any], trial: Trial, resume: boo
             names = ", ".join(sorted(name for name in settings if before.get(name) != settings[name]))
             raise AvtrainError(f"--resume: {names} differ from those in {path}; use the same checkpoint and options")
         return
-    if path.is_file() and trial.protocol_name == "finetune":
+    holds_work = [*out.glob("split-*/checkpoints"), *out.glob(_RESULTS)]
+    if holds_work and trial.protocol_name == "finetune":
         raise AvtrainError(f"{out} holds an evaluation already: go on with --resume, or choose another folder with "
                            "--out")
     for old in out.glob("split-*/" + _PREDICTIONS):
