@@ -154,8 +154,9 @@ def draw_retrieval(found: Retrieval, folder: ShardFolder, data: DataConfig, outp
     places = {clip.key: clip.place for clip in list_clips(folder)}
     dataset = ClipDataset(folder, data, None)
     queries = sorted(set(np.linspace(0, len(found.keys) - 1, min(_QUERIES, len(found.keys))).round().astype(int)))
-    figure = Figure(figsize=(2 * (_SHOWN + 1), 3.4 * len(queries)), layout="constrained")
+    figure = Figure(figsize=(2 * (_SHOWN + 1), 3.6 * len(queries)))
     axes = figure.subplots(2 * len(queries), _SHOWN + 1, squeeze=False)
+    figure.subplots_adjust(0.01, 0.01, 0.99, 0.97, wspace=0.05, hspace=0.15)
     for axis in axes.flat:
         axis.set_axis_off()
     for row, (from_sound, query) in enumerate([(one, query) for one in (True, False) for query in queries]):
