@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from avtrain.config import DataConfig
 from avtrain.data.augment import View, masked_log_mel, pixels, random_view
-from avtrain.data.decode import ClipUnreadable, decode_frames, decode_log_mel
+from avtrain.data.decode import ClipUnreadable, Planes, decode_frames, decode_log_mel
 from avtrain.data.loader import Batch, check_spec
 from avtrain.data.order import ClipPlace
 from avtrain.data.shards import ShardFolder, ShardReader
@@ -174,8 +174,12 @@ class ViewDataset(Dataset[Any]):
         visual = torch.zeros(len(squares), len(starts), 3, config.segment_frames, size, size, dtype=torch.uint8)
         if mp4 is None:
             return visual, torch.zeros(len(starts), dtype=torch.bool)
+        whole = decode_frames(mp4, 1, starts[0], min(starts[-1] + segment, frames))  # once: clips overlap
         for column, start in enumerate(starts):
-            planes = decode_frames(mp4, self._step, start, min(start + segment, frames))
+            inside = slice(start - starts[0], start - starts[0] + segment, self._step)
+            planes = Planes(whole.luma[inside], whole.chroma[inside], whole.bt709)
+            if not len(planes.luma):
+                raise ClipUnreadable("its video is shorter than its .json says")
             for row, square in enumerate(squares):
                 rgb = pixels(planes, square, size)
                 lacking = config.segment_frames - len(rgb)
