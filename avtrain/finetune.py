@@ -149,16 +149,8 @@ def finetune(model: AVBert, folder: ShardFolder, train: list[ListedClip], valida
         run.resume()
 
     def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        visual, audio, *present = batch.tensors(runtime.device)
-        if not protocol.mixup:
-            logits, counts = classifier(visual, audio, *present)
-            return _loss(logits, counts, batch.labels, protocol), {}
-        share = float(torch.rand((), generator=generator))
-        others = torch.randperm(len(audio), generator=generator)
-        logits, counts = classifier(visual, share * audio + (1 - share) * audio[others], *present)
-        mixed_in = [batch.labels[other] for other in others.tolist()]
-        return (share * _loss(logits, counts, batch.labels, protocol)
-                + (1 - share) * _loss(logits, counts, mixed_in, protocol)), {}
+        logits, counts = classifier(*batch.tensors(runtime.device))
+        return _loss(logits, counts, batch.labels, protocol), {}
 
     def evaluate() -> dict[str, float]:
         if not validation:

@@ -61,9 +61,6 @@ class Protocol:
     """Largest share of the mel bands that is masked in training (finetune)."""
     time_mask: float = 0.05
     """Largest share of a clip's time that is masked in training (finetune)."""
-    mixup: bool = False
-    """In training, each log-mel is mixed with another's, in shares drawn evenly, and so is the loss (finetune on sound
-    alone)."""
     standardize: bool = False
     """Features are scaled to zero mean and unit deviation over the training clips (linear, knn)."""
     accumulate: int = 1

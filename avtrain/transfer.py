@@ -238,8 +238,6 @@ def _check_fit(folder: ShardFolder, source: Source, trial: Trial) -> None:
     if folder.multi_label != (protocol.loss == "binary"):
         raise AvtrainError(f"{trial.task}: its shards have {'several labels' if folder.multi_label else 'one label'} a "
                            f"clip, which does not go with transfer.loss={protocol.loss}")
-    if protocol.mixup and trial.modality != "audio":
-        raise AvtrainError("transfer.mixup = True: it goes with --modality audio only")
     if not folder.classes:
         raise AvtrainError(f"{trial.task}: its shards have no classes")
     longest = source.model.config.max_segments
