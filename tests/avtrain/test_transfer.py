@@ -70,7 +70,8 @@ def _put(video, *places):
 
 
 def _build(avprep, dataset, raw, tree, split="all", *more):
-    done = avprep("build", "--dataset", dataset, "--raw", raw, "--out", tree, "--split", split, *more)
+    done = avprep("build", "--dataset", dataset, "--raw", raw, "--out", tree, "--split", split, "--workers", 1,
+                  *more)
     assert done.returncode == 0, done.stderr
 
 
