@@ -24,6 +24,8 @@ _SHARING = {
 }
 _DEFAULT_RANK = 128
 _FILE = click.Path(path_type=Path, dir_okay=False)
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+_NAMES = {"top1": "top-1", "top5": "top-5", "map": "mAP"}
 
 
 class _Commands(click.Group):
@@ -159,6 +161,150 @@ def _print_held_out(figures: dict[str, float]) -> None:
 def _split_of(location: str, split: str) -> str | None:
     """The split's folder in the local folder of a dataset."""
     return str(Path(location) / split) if (Path(location) / split / "index.json").is_file() else None
+
+
+@main.command("eval")
+@click.option("--task", required=True, help="ucf101, esc50, esc10, kinetics-sounds, charades, audioset, demo, folder, "
+                                           "or all: those whose shards are there.")
+@click.option("--checkpoint", type=_FILE, help="Of ours (.safetensors) or of the authors' release (.pyth).")
+@click.option("--init", type=click.Choice(["random"]), help="Instead of a checkpoint: a network at its random start.")
+@click.option("--preset", default="paper", help="The network of --init random: tiny, small, paper, or a .toml file.")
+@click.option("--protocol", type=click.Choice(["finetune", "linear", "knn"]),
+              help="[default: the published one of the task]")
+@click.option("--recipe", type=click.Choice(["published", "small"]), default="published",
+              help="Settings of the protocol: the published ones, or ones for small networks on a CPU.")
+@click.option("--split", default="all", help="Number of a split or fold, or all.")
+@click.option("--modality", type=click.Choice(["visual", "audio", "both"]), help="[default: the task's]")
+@click.option("--shards", type=_FOLDER, default=Path("shards"), help="Folder that holds the datasets' shards.")
+@click.option("--validation", type=click.FloatRange(0, 0.9), default=0.0,
+              help="Share of the training clips, by group, that is only looked at. Nothing is chosen by it.")
+@click.option("--seed", type=click.IntRange(0), default=0)
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE",
+              help="transfer.*, data.*, and with --init random model.*; may be repeated.")
+@click.option("--out", type=_FOLDER, help="Folder of the results.  [default: runs/eval/TASK-PROTOCOL-MODALITY-START]")
+@click.option("--cache", type=_FOLDER, default=Path("runs/features"), help="Folder of frozen features.")
+@click.option("--resume", is_flag=True, help="Go on with what is in OUT.")
+@click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]")
+@click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto",
+              help="auto: bfloat16 where the hardware has it.")
+def evaluate(task: str, checkpoint: Path | None, init: str | None, preset: str, protocol: str | None, recipe: str,
+             split: str, modality: str | None, shards: Path, validation: float, seed: int, overrides: tuple[str, ...],
+             out: Path | None, cache: Path, resume: bool, device: str | None, precision: str) -> None:
+    """Transfer a checkpoint to a task: train on its training split, test on its test split."""
+    from avtrain.runtime import choose_runtime
+    from avtrain.tasks import TASKS, protocol_for
+    from avtrain.transfer import Trial, evaluate_task, load_source, present_tasks, random_source, splits_of
+
+    if task != "all" and task not in TASKS:
+        raise AvtrainError(f"--task {task}: known are {', '.join(TASKS)}, and all")
+    if (checkpoint is None) == (init is None):
+        raise AvtrainError("say what to transfer: --checkpoint FILE, or --init random for a network that has learned "
+                           "nothing (one of the two)")
+    names = [task] if task != "all" else list(present_tasks(shards))
+    if not names:
+        raise AvtrainError(f"--task all: no task has all shards of a split in {shards}")
+    of_protocol = [override for override in overrides if override.startswith("transfer.")]
+    of_model = [override for override in overrides if not override.startswith("transfer.")]
+    source = load_source(checkpoint, of_model) if checkpoint else random_source(preset, of_model, seed)
+    runtime = choose_runtime(device, precision)
+    rows = []
+    for name in names:
+        chosen, seen = protocol or TASKS[name].protocol, modality or TASKS[name].modality
+        trial = Trial(name, chosen, protocol_for(name, chosen, recipe, of_protocol), seen, validation, seed)
+        start = source.sha256[:8] or "random"
+        folder = out / name if out and task == "all" else out or Path("runs/eval") / f"{name}-{chosen}-{seen}-{start}"
+        splits = (splits_of(name, split, shards) if task != "all" else present_tasks(shards)[name])
+        results = evaluate_task(source, trial, splits, shards, folder, cache, runtime, resume)
+        rows.append(results)
+        _print_results(results, folder)
+    if task == "all":
+        _print_table(rows)
+
+
+def _figure(of: dict[str, Any]) -> str:
+    low, high = of["interval_95"]
+    return f"{of['percent']:.1f} % ({low:.1f} to {high:.1f})"
+
+
+def _print_results(results: dict[str, Any], folder: Path) -> None:
+    """Each split and the mean, with intervals, beside what was published."""
+    click.echo(f"{results['task']}, {results['protocol']}, {results['modality']}")
+    lines = results["splits"] if len(results["splits"]) == 1 else {**results["splits"], "mean": results["mean"]}
+    for split, of_split in lines.items():
+        videos = f", {results['shards'][split]['videos']['test']} videos" if split in results["shards"] else ""
+        click.echo(f"  {'split ' if split != 'mean' else ''}{split}: " + ", ".join(
+            f"{_NAMES[name]} {_figure(of)}" for name, of in of_split.items()) + videos)
+    if results["published"]:
+        click.echo("  published: " + ", ".join(f"{_NAMES[name]} {value} %"
+                                               for name, value in results["published"].items())
+                   + f"; {results['source']}")
+    elif results["classes"] != results["of_classes"]:
+        click.echo(f"  {results['classes']} of the task's {results['of_classes']} classes: not comparable with "
+                   "published numbers")
+    click.echo(f"  {folder}/results.json (95 % bootstrap intervals over videos)")
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    """One line a task."""
+    click.echo("\n| task | protocol | modality | splits | ours, 95 % interval | published | source |")
+    click.echo("|---|---|---|---|---|---|---|")
+    for row in rows:
+        ours = ", ".join(f"{_NAMES[name]} {_figure(of)}" for name, of in row["mean"].items())
+        published = ", ".join(f"{_NAMES[name]} {value} %" for name, value in row["published"].items())
+        click.echo(f"| {row['task']} | {row['protocol']} | {row['modality']} | {len(row['splits'])} | {ours} | "
+                   f"{published or '-'} | {row['source'] if published else '-'} |")
+
+
+@main.command()
+@click.option("--checkpoint", type=_FILE, required=True, help="Of ours (.safetensors) or of the authors' (.pyth).")
+@click.option("--shards", multiple=True, required=True, help="Folder of a split, or its address; may be repeated.")
+@click.option("-o", "--output", type=_FILE, required=True, help="The .parquet file to write.")
+@click.option("--set", "overrides", multiple=True, metavar="data.FIELD=VALUE", help="May be repeated.")
+@click.option("--cache", type=_FOLDER, default=Path("runs/features"), help="Folder of frozen features.")
+@click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]")
+@click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto")
+def embed(checkpoint: Path, shards: tuple[str, ...], output: Path, overrides: tuple[str, ...], cache: Path,
+          device: str | None, precision: str) -> None:
+    """Write embeddings of clips: one row a clip and segment (key, labels, time_s, visual, audio, multimodal)."""
+    from avtrain.data.shards import open_folders
+    from avtrain.retrieval import write_embeddings
+    from avtrain.runtime import choose_runtime
+    from avtrain.transfer import load_source
+
+    source = load_source(checkpoint, overrides)
+    rows = write_embeddings(source.model, open_folders(list(shards)), source.data, choose_runtime(device, precision),
+                            output, cache)
+    click.echo(f"{rows} rows in {output}")
+
+
+@main.command()
+@click.option("--checkpoint", type=_FILE, required=True, help="Of ours (.safetensors) or of the authors' (.pyth).")
+@click.option("--shards", type=_FOLDER, default=Path("shards/demo"),
+              help="Folder of a dataset: common directions are learned on train, without labels, tried on test.")
+@click.option("-o", "--output", type=_FILE, default=Path("runs/retrieval.png"), help="The picture to draw.")
+@click.option("--set", "overrides", multiple=True, metavar="data.FIELD=VALUE", help="May be repeated.")
+@click.option("--cache", type=_FOLDER, default=Path("runs/features"), help="Folder of frozen features.")
+@click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]")
+@click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto")
+def retrieve(checkpoint: Path, shards: Path, output: Path, overrides: tuple[str, ...], cache: Path,
+             device: str | None, precision: str) -> None:
+    """Find the pictures that go with a sound, and the sounds that go with a picture."""
+    from avtrain.data.shards import open_folders
+    from avtrain.retrieval import draw_retrieval
+    from avtrain.retrieval import retrieve as search
+    from avtrain.runtime import choose_runtime
+    from avtrain.transfer import load_source
+
+    source = load_source(checkpoint, overrides)
+    train, test = (open_folders([str(shards / split)]) for split in ("train", "test"))
+    found = search(source.model, train, test, source.data, choose_runtime(device, precision), cache)
+    for name, from_sound in (("sound to picture", True), ("picture to sound", False)):
+        ks = [k for k in (1, 5, 10) if k < len(found.keys)]
+        click.echo(f"{name}, {len(found.keys)} clips: " + ", ".join(
+            f"recall@{k} {100 * found.recall(k, from_sound):.1f} % (chance {100 * k / len(found.keys):.1f} %)"
+            for k in ks))
+    draw_retrieval(found, test, source.data, output)
+    click.echo(str(output))
 
 
 @main.command("import-released")

@@ -219,18 +219,27 @@ def read_config(preset: str = "paper", overrides: Iterable[str] = ()) -> Config:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise AvtrainError(f"{path}: not valid TOML: {error}") from error
     for override in overrides:
-        name, equals, text = override.partition("=")
-        section, dot, option = name.strip().partition(".")
-        if not equals or not dot:
-            raise AvtrainError(f"--set {override}: write section.field=value, for example model.rank=64")
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text.strip()
+        section, option, value = parse_override(override)
         inside = values.setdefault(section, {})
         if isinstance(inside, dict):
             inside[option] = value
     return config_from(values, str(path))
+
+
+def parse_override(override: str) -> tuple[str, str, Any]:
+    """(section, field, value) of `section.field=value`; values as in TOML, quotes optional.
+
+    Raises:
+        AvtrainError: it is not of that form.
+    """
+    name, equals, text = override.partition("=")
+    section, dot, option = name.strip().partition(".")
+    if not equals or not dot:
+        raise AvtrainError(f"--set {override}: write section.field=value, for example model.rank=64")
+    try:
+        return section, option, tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return section, option, text.strip()
 
 
 def config_from(values: Mapping[str, Any], where: str) -> Config:
@@ -249,7 +258,8 @@ def config_from(values: Mapping[str, Any], where: str) -> Config:
             _check_known(name, sections, "")
             if not isinstance(content, Mapping):
                 raise AvtrainError(f"{name}: a section of fields is wanted, not {content!r}")
-        return Config(**{name: _section(name, kind, values.get(name, {})) for name, kind in sections.items()})
+        return Config(**{name: kind(**section_values(name, kind, values.get(name, {})))
+                         for name, kind in sections.items()})
     except AvtrainError as error:
         raise AvtrainError(f"{where}: {error}") from None
 
@@ -259,13 +269,18 @@ def config_to(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def _section(section: str, kind: type[Any], values: Mapping[str, Any]) -> Any:
+def section_values(section: str, kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a section, in the types of the fields of its dataclass `kind`.
+
+    Raises:
+        AvtrainError: an unknown name or a value of the wrong type.
+    """
     types_of = typing.get_type_hints(kind)
     arguments = {}
     for name, value in values.items():
         _check_known(name, types_of, f"{section}.")
         arguments[name] = _typed(f"{section}.{name}", types_of[name], value)
-    return kind(**arguments)
+    return arguments
 
 
 def _typed(name: str, kind: Any, value: Any) -> Any:

@@ -59,15 +59,17 @@ class Run:
         config: optimiser, schedule, intervals.
         generator: of masks, pairs and negatives; its state is saved and restored.
         save_weights: writes what others use of a checkpoint (the model's own file) into its folder.
+        optimizer: instead of pretraining's AdamW; a group with a `rate_scale` gets that share of the learning rate.
     """
 
     def __init__(self, folder: Path, modules: dict[str, nn.Module], config: TrainingConfig,
-                 generator: torch.Generator, save_weights: Callable[[Path], None]) -> None:
+                 generator: torch.Generator, save_weights: Callable[[Path], None],
+                 optimizer: torch.optim.Optimizer | None = None) -> None:
         self.folder, self.modules, self.config, self.generator = folder, modules, config, generator
         self.position = Position()
         self._save_weights = save_weights
-        self._optimizer = torch.optim.AdamW(parameter_groups(modules, config.weight_decay), lr=config.learning_rate,
-                                            betas=(0.9, 0.98), amsgrad=True)
+        self._optimizer = optimizer or torch.optim.AdamW(
+            parameter_groups(modules, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.98), amsgrad=True)
         self._metrics = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -92,7 +94,7 @@ class Run:
             while self.position.step < end and not (max_time_s and time.monotonic() - started >= max_time_s):
                 rate = learning_rate(self.position.step, self.config)
                 for group in self._optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group.get("rate_scale", 1.0)
                 began = time.monotonic()
                 figures, waited_s, clips = self._accumulate(step, supply, autocast)
                 norm = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm or math.inf)

@@ -16,8 +16,10 @@ AVPREP_FLOORS = [
     {"shards", "plan"}, {"account", "demo", "verify", "preview"}, {"build"}, {"cli"}]
 
 AVTRAIN_FLOORS = [
-    {"errors", "__init__", "progress", "files"}, {"config", "runtime"}, {"models", "data", "negatives"},
-    {"objectives", "checkpoint", "engine"}, {"released", "evaluation"}, {"pretrain"}, {"cli"}]
+    {"errors", "__init__", "progress", "files"}, {"config", "runtime", "metrics"}, {"tasks"},
+    {"models", "data", "negatives"},
+    {"objectives", "checkpoint", "engine"}, {"released", "evaluation", "features"},
+    {"predictions"}, {"pretrain", "finetune", "outcome"}, {"probes"}, {"transfer", "retrieval"}, {"cli"}]
 
 
 def _modules(package):

@@ -146,6 +146,21 @@ class ShardReader:
             return key, {ending: os.pread(file.fileno(), member.size, member.offset)
                          for ending, member in members.items()}
 
+    def read_info(self, shard: int, position: int) -> tuple[str, dict[str, Any]]:
+        """The key of a clip and the content of its `.json`, without its pictures and sound.
+
+        Raises:
+            AvtrainError: as `read`; or the clip has no such member.
+        """
+        path, clips = self._contents(shard)
+        key, members = clips[position]
+        try:
+            with path.open("rb") as file:
+                info = json.loads(os.pread(file.fileno(), members["json"].size, members["json"].offset))
+            return key, dict(info)
+        except (KeyError, ValueError, TypeError) as error:
+            raise AvtrainError(f"{path}: {key} has no readable .json: run `avprep verify`") from error
+
     def _list_shard(self, number: int) -> tuple[Path, list[tuple[str, dict[str, Member]]]]:
         shard = self._folder.shards[number]
         path = _download(shard) if _is_remote(shard.url) else Path(shard.url)

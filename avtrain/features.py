@@ -1,0 +1,176 @@
+"""What a model makes of shards with its weights frozen, computed once and kept on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from avtrain.config import DataConfig
+from avtrain.data.loader import Batch, ClipDataset, UnreadableCount, batches
+from avtrain.data.order import batches_of, fixed_order
+from avtrain.data.shards import ShardFolder
+from avtrain.data.views import ViewDataset, ViewItem, view_batches
+from avtrain.files import written_whole
+from avtrain.models.avbert import AVBert
+from avtrain.progress import bar_options
+from avtrain.runtime import Runtime
+
+_CLIPS_AT_ONCE = 8
+_SEGMENTS_AT_ONCE = 160
+_NOT_IN_VIEW = ("workers", "shards_at_once", "frequency_mask", "time_mask")  # what does not change the fixed view
+
+
+@dataclass(frozen=True)
+class Features:
+    """Frozen outputs of a model, float32 on the CPU. A row is a clip, in the order of the shards, or a view of one.
+
+    Attributes:
+        keys: of each row's clip.
+        labels: indices of each row's classes.
+        visual_present, audio_present: (rows, segments) boolean.
+        visual_pooled, audio_pooled: (rows, segments, channels), the CNNs' outputs; zeros where absent.
+        visual_local, audio_local: (rows, segments, D), projected and normalised.
+        visual_tokens, audio_tokens: (rows, 1 + segments, D), BOS first; None with early fusion.
+        multimodal_tokens: (rows, 2 + 2 * segments, D), visual first; None with late fusion.
+    """
+
+    keys: list[str]
+    labels: list[list[int]]
+    visual_present: Tensor
+    audio_present: Tensor
+    visual_pooled: Tensor
+    audio_pooled: Tensor
+    visual_local: Tensor
+    audio_local: Tensor
+    visual_tokens: Tensor | None = None
+    audio_tokens: Tensor | None = None
+    multimodal_tokens: Tensor | None = None
+
+
+def frozen_features(model: AVBert, folder: ShardFolder, config: DataConfig, runtime: Runtime,
+                    cache: Path | None = None) -> Features:
+    """Features of whole clips in the fixed view of evaluation, from the cache where they were computed before.
+
+    Args:
+        model: used in eval mode on the runtime's device; its mode is put back.
+        folder: the shards; clips that can't be decoded are left out.
+        config: what a clip looks like.
+        runtime: device and precision.
+        cache: folder of cached features, named by weights, shards, view and precision; None: nothing is kept.
+
+    Raises:
+        AvtrainError: shards and settings don't fit, or more than 1 % of the clips can't be decoded.
+    """
+    view = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_IN_VIEW}
+
+    def compute() -> Features:
+        places = batches_of(fixed_order([shard.clips for shard in folder.shards]), _CLIPS_AT_ONCE)
+        supply = batches(ClipDataset(folder, config, None), places, 0, config.workers)
+        bar = tqdm(supply, "features", len(places), unit="batch", **bar_options())
+        return _extract(model, bar, runtime, folder.clips)
+
+    return _cached(compute, cache, [weights_hash(model), folder.fingerprint, str(runtime.autocast_dtype), view])
+
+
+def view_features(model: AVBert, dataset: ViewDataset, runtime: Runtime, cache: Path | None = None) -> Features:
+    """The CNNs' features of all clips in evenly spaced views: `frozen_features` with a row a view.
+
+    Args:
+        model, runtime, cache: as for `frozen_features`.
+        dataset: with fixed views.
+
+    Returns:
+        Features without tokens; those of a modality that is left out have no channels.
+
+    Raises:
+        AvtrainError: as `frozen_features`.
+    """
+    folder, config, views = dataset.folder, dataset.config, dataset.views
+    left_out = {"visual": "audio_", "audio": "visual_"}.get(views.modality, "nothing")
+
+    def compute() -> Features:
+        places = batches_of(fixed_order([shard.clips for shard in folder.shards]),
+                            max(1, _SEGMENTS_AT_ONCE // (views.clips * views.crops)))
+        supply = view_batches(dataset, [[ViewItem(place) for place in batch] for batch in places], 0, config.workers)
+        bar = tqdm(supply, "features", len(places), unit="batch", **bar_options())
+        features = _extract(model, bar, runtime, folder.clips, tokens=False)
+        return dataclasses.replace(features, **{
+            name: getattr(features, name)[..., :0] for name in ("visual_pooled", "audio_pooled", "visual_local",
+                                                                "audio_local") if name.startswith(left_out)})
+
+    view = [config.segment_frames, config.scale[0], dataclasses.asdict(views)]
+    return _cached(compute, cache, [weights_hash(model), folder.fingerprint, str(runtime.autocast_dtype), view])
+
+
+@torch.no_grad()
+def _extract(model: AVBert, supply: Iterable[Batch], runtime: Runtime, clips: int, tokens: bool = True) -> Features:
+    """The features of batches, in their order; the Transformers' too, or not."""
+    was_training, unreadable = model.training, UnreadableCount(clips)
+    model.to(runtime.device).eval()
+    keys: list[str] = []
+    labels: list[list[int]] = []
+    parts: dict[str, list[Tensor]] = {}
+    for batch in supply:
+        unreadable.add(batch.unreadable)
+        with runtime.autocast():
+            inputs = batch.tensors(runtime.device)
+            output = model(*inputs) if tokens else model.embed(*inputs)[0]
+        keys += batch.keys
+        labels += batch.labels
+        tensors = {"visual_present": batch.visual_present, "audio_present": batch.audio_present, **output._asdict()}
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                parts.setdefault(name, []).append(tensor.cpu() if tensor.dtype == torch.bool else tensor.float().cpu())
+    model.train(was_training)
+    return Features(keys, labels, **{name: torch.cat(tensors) for name, tensors in parts.items()})
+
+
+def _cached(compute: Callable[[], Features], cache: Path | None, key: list[Any]) -> Features:
+    """What `compute` gives, or gave before for the same key.
+
+    Args:
+        compute: called if it is not in the cache.
+        cache: folder; None: always computed.
+        key: everything that the features depend on, as JSON has it.
+    """
+    if cache is None:
+        return compute()
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    path = cache / f"{name}.safetensors"
+    if path.is_file():
+        try:
+            return _read(path)
+        except (SafetensorError, KeyError, ValueError, TypeError):
+            path.unlink()  # damaged: it can be made again
+    features = compute()
+    tensors = {field.name: tensor.contiguous() for field in dataclasses.fields(Features)
+               if isinstance(tensor := getattr(features, field.name), Tensor)}
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary, {"clips": json.dumps([features.keys, features.labels])})
+    return features
+
+
+def _read(path: Path) -> Features:
+    with safe_open(path, framework="pt") as file:
+        keys, labels = json.loads((file.metadata() or {})["clips"])
+        return Features(keys, labels, **{name: file.get_tensor(name) for name in file.keys()})
+
+
+def weights_hash(model: nn.Module) -> str:
+    """A hash over the names, shapes and values of all weights and averages."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

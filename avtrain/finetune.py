@@ -1,0 +1,223 @@
+"""Finetuning: the CNNs of a model with the heads of a task, and with the Transformers where a video is a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
+
+from avtrain.checkpoint import save_model
+from avtrain.config import Config, DataConfig, TrainingConfig
+from avtrain.data.loader import Batch, UnreadableCount
+from avtrain.data.shards import ShardFolder
+from avtrain.data.views import ListedClip, ViewDataset, ViewItem, Views, view_batches
+from avtrain.engine import Run
+from avtrain.files import written_whole
+from avtrain.models.avbert import AVBert
+from avtrain.models.heads import ClipHead, SequenceHead
+from avtrain.predictions import Predictions, ScoreSums, figures, targets_of
+from avtrain.progress import bar_options
+from avtrain.runtime import Runtime, seed_everything
+from avtrain.tasks import HINGE_MARGIN, Protocol
+
+_SAVE_EVERY = 500
+# Segments of a test batch: pictures are large, spectrograms small.
+_TEST_SEGMENTS = {"visual": 60, "both": 60, "audio": 320}
+
+
+class Classifier(nn.Module):
+    """A model with a head on its CNNs' outputs and, for sequences, a second one on the Transformers'.
+
+    Args:
+        model: its weights are trained on.
+        classes: outputs.
+        modality: visual, audio or both.
+        sequence: use the Transformers and the second head.
+        dropout: of the heads.
+    """
+
+    def __init__(self, model: AVBert, classes: int, modality: str, sequence: bool, dropout: float) -> None:
+        super().__init__()
+        self.model, self._modality = model, modality
+        outputs = {"visual": model.visual_cnn.outputs, "audio": model.audio_cnn.outputs}
+        self.clip_head = ClipHead(outputs.get(modality, sum(outputs.values())), classes, dropout)
+        self.sequence_head = SequenceHead(model.config.dimension, classes, dropout) if sequence else None
+
+    def forward(self, visual: Tensor, audio: Tensor, visual_present: Tensor,
+                audio_present: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Shapes as in `AVBert.forward` -> (logits of each head, (rows, segments, classes); which segments count).
+
+        A row with nothing to see or hear is answered from zeros, at every segment.
+        """
+        local, visual_present, audio_present = self.model.embed(visual, audio, visual_present, audio_present)
+        pooled = {"visual": [local.visual_pooled], "audio": [local.audio_pooled]}.get(
+            self._modality, [local.visual_pooled, local.audio_pooled])
+        logits = [self.clip_head(*pooled)]
+        if self.sequence_head is not None:
+            tokens = self.model.contextualize(local.visual_local, local.audio_local, visual_present, audio_present)
+            if tokens.multimodal_tokens is not None:
+                logits.append(self.sequence_head(tokens.multimodal_tokens))
+            else:  # late fusion
+                assert tokens.visual_tokens is not None and tokens.audio_tokens is not None
+                logits.append(self.sequence_head(torch.cat((tokens.visual_tokens, tokens.audio_tokens), 1)))
+        counts = visual_present | audio_present
+        return logits, counts | ~counts.any(1, keepdim=True)
+
+    def trained(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """(backbone, heads): the modules that finetuning changes."""
+        if self.sequence_head is not None:
+            return [self.model], [self.clip_head, self.sequence_head]
+        cnns: dict[str, list[nn.Module]] = {"visual": [self.model.visual_cnn], "audio": [self.model.audio_cnn]}
+        return cnns.get(self._modality, [self.model.visual_cnn, self.model.audio_cnn]), [self.clip_head]
+
+
+class _Epochs:
+    """Every item once an epoch, shuffled; a last batch that is not full is left out, for BatchNorm's sake."""
+
+    def __init__(self, dataset: ViewDataset, items: Sequence[ViewItem], size: int, seed: int) -> None:
+        self._dataset, self._items, self._size, self._seed = dataset, items, min(size, len(items)), seed
+        self._unreadable = UnreadableCount(dataset.folder.clips)
+
+    def __len__(self) -> int:
+        return len(self._items) // self._size
+
+    def epoch(self, number: int, first: int) -> Iterator[Batch]:
+        """The epoch's batches from the `first` on."""
+        order = np.random.default_rng([self._seed, number]).permutation(len(self._items))
+        places = [[self._items[index] for index in order[batch * self._size:(batch + 1) * self._size]]
+                  for batch in range(first, len(self))]
+        for batch in view_batches(self._dataset, places, number, self._dataset.config.workers):
+            self._unreadable.add(batch.unreadable)
+            yield batch
+
+
+def fixed_views(protocol: Protocol, modality: str) -> Views:
+    """The fixed views of the test."""
+    return Views(modality, protocol.test_views, protocol.test_crops if modality != "audio" else 1, protocol.sequence)
+
+
+def finetune(model: AVBert, folder: ShardFolder, train: list[ListedClip], validation: list[ListedClip],
+             data: DataConfig, protocol: Protocol, modality: str, out: Path, runtime: Runtime, seed: int,
+             resume: bool) -> Classifier:
+    """Train a model and new heads; the last epoch counts.
+
+    Args:
+        model: changed in place.
+        folder: shards of the training split.
+        train, validation: its clips, in two parts; the second is only looked at, after every epoch.
+        data: what the model takes.
+        protocol: the settings.
+        modality: visual, audio or both.
+        out: folder of the run: checkpoints, metrics.jsonl.
+        runtime: device and precision.
+        seed: of heads, order, crops, masks, dropout.
+        resume: go on from the last checkpoint in `out`.
+
+    Raises:
+        AvtrainError: shards and model don't fit; too much is unreadable; the loss stays not finite.
+    """
+    generator = seed_everything(seed)
+    classifier = Classifier(model, len(folder.classes), modality, protocol.sequence, protocol.dropout)
+    classifier.to(runtime.device)
+    views = Views(modality, protocol.train_views, sequence=protocol.sequence, random_start=protocol.random_start,
+                  frequency_mask=protocol.frequency_mask, time_mask=protocol.time_mask)
+    whole = protocol.sequence or protocol.random_start
+    items = [ViewItem(clip.place, part) for clip in train
+             for part in ([None] if whole else range(protocol.train_views))]
+    epochs = _Epochs(ViewDataset(folder, data, views, seed), items, protocol.batch_size // protocol.accumulate, seed)
+    steps_an_epoch = max(1, len(epochs) // protocol.accumulate)
+    training = TrainingConfig(
+        batch_size=protocol.batch_size, accumulate=protocol.accumulate, steps=protocol.epochs * steps_an_epoch,
+        learning_rate=protocol.head_rate, warmup=protocol.warmup, weight_decay=protocol.weight_decay, clip_norm=0.0,
+        evaluate_every=steps_an_epoch, save_every=_SAVE_EVERY, keep=1, seed=seed)
+
+    def save_weights(to: Path) -> None:
+        save_model(to / "model.safetensors", model, Config(model=model.config, data=data))
+        heads = {name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()
+                 if not name.startswith("model.")}
+        with written_whole(to / "heads.safetensors") as temporary:
+            save_file(heads, temporary)
+
+    run = Run(out, {"classifier": classifier}, training, generator, save_weights, _optimizer(classifier, protocol))
+    if resume and run.last_checkpoint() is not None:
+        run.resume()
+
+    def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        logits, counts = classifier(*batch.tensors(runtime.device))
+        return _loss(logits, counts, batch.labels, protocol), {}
+
+    def evaluate() -> dict[str, float]:
+        if not validation:
+            return {}
+        found = predict(classifier, folder, validation, data, protocol, modality, runtime)
+        classifier.train()
+        return {f"validation_{name}": figure.value
+                for name, figure in figures(found, protocol.loss == "binary", seed).items()}
+
+    classifier.train()
+    run.train(step, epochs, runtime.autocast, evaluate)
+    return classifier
+
+
+def _optimizer(classifier: Classifier, protocol: Protocol) -> torch.optim.Optimizer:
+    """Adam with one group for norms and one for the rest, of backbone and of heads."""
+    groups = []
+    for modules, rate in zip(classifier.trained(), (protocol.backbone_rate, protocol.head_rate), strict=True):
+        inside = [module for parent in modules for module in parent.modules()]
+        norms = {id(parameter) for module in inside if isinstance(module, _BatchNorm | nn.LayerNorm)
+                 for parameter in module.parameters()}
+        parameters = [parameter for parent in modules for parameter in parent.parameters()]
+        for decayed in (True, False):
+            groups.append({"params": [one for one in parameters if (id(one) not in norms) == decayed],
+                           "weight_decay": protocol.weight_decay if decayed else 0.0,
+                           "rate_scale": rate / protocol.head_rate})
+    return torch.optim.Adam(groups, lr=protocol.head_rate, eps=protocol.adam_eps)
+
+
+def _loss(logits: list[Tensor], counts: Tensor, labels: list[list[int]], protocol: Protocol) -> Tensor:
+    """The heads' losses added, each the mean over the segments that count."""
+    targets = targets_of(labels, logits[0].shape[-1], protocol.loss == "binary").to(counts.device)
+    rows = counts.nonzero()[:, 0]
+    losses = [task_loss(of_head[counts].float(), targets[rows], protocol) for of_head in logits]
+    return torch.stack(losses).sum()
+
+
+def task_loss(logits: Tensor, targets: Tensor, protocol: Protocol) -> Tensor:
+    """The protocol's loss: (rows, classes) and (rows,) class numbers, or (rows, classes) of 0 and 1 for binary."""
+    if protocol.loss == "binary":
+        return F.binary_cross_entropy_with_logits(logits, targets)
+    if protocol.loss == "hinge":
+        return F.multi_margin_loss(logits, targets, margin=HINGE_MARGIN)
+    return F.cross_entropy(logits, targets, label_smoothing=protocol.label_smoothing)
+
+
+def probabilities(logits: Tensor, protocol: Protocol) -> Tensor:
+    """Softmax over the classes, or a sigmoid of each for binary."""
+    return logits.float().sigmoid() if protocol.loss == "binary" else logits.float().softmax(-1)
+
+
+@torch.no_grad()
+def predict(classifier: Classifier, folder: ShardFolder, clips: list[ListedClip], data: DataConfig,
+            protocol: Protocol, modality: str, runtime: Runtime) -> Predictions:
+    """Outputs of all views, crops, segments and heads of a video, averaged. Leaves the classifier in eval mode."""
+    classifier.eval()
+    views = fixed_views(protocol, modality)
+    sums, unreadable = ScoreSums(clips, len(folder.classes)), UnreadableCount(folder.clips)
+    size = max(1, _TEST_SEGMENTS[modality] // (views.clips * views.crops))
+    items = [[ViewItem(clip.place) for clip in clips[first:first + size]] for first in range(0, len(clips), size)]
+    supply = view_batches(ViewDataset(folder, data, views, None), items, 0, data.workers)
+    for batch in tqdm(supply, "test", len(items), unit="batch", leave=False, **bar_options()):
+        unreadable.add(batch.unreadable)
+        with runtime.autocast():
+            logits, counts = classifier(*batch.tensors(runtime.device))
+        scores = torch.stack([probabilities(of_head, protocol) for of_head in logits]).mean(0)
+        weights = counts.float() / counts.sum(1, keepdim=True)
+        sums.add(batch.keys, (scores * weights[..., None]).sum(1))
+    return sums.predictions()
