@@ -17,7 +17,7 @@ AVPREP_FLOORS = [
 
 AVTRAIN_FLOORS = [
     {"errors", "__init__", "progress"}, {"config", "runtime"}, {"models", "data", "negatives"},
-    {"objectives", "checkpoint", "engine"}, {"released", "evaluation"}, {"pretrain"}, {"cli"}]
+    {"objectives", "checkpoint", "engine"}, {"released", "evaluation"}, {"pretrain", "report"}, {"cli"}]
 
 
 def _modules(package):
