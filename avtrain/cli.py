@@ -134,16 +134,23 @@ def pretrain(shards: tuple[str, ...], test_shards: tuple[str, ...], preset: str,
     """Pretrain a model from scratch on shards."""
     from avtrain.config import read_config
     from avtrain.pretrain import pretrain as run_pretraining
+    from avtrain.report import write_report
     from avtrain.runtime import choose_runtime
 
     config = read_config(preset, overrides)
     train = [_split_of(location, "train") or location for location in shards]
     test = list(test_shards) or [there for location in shards
                                  if (there := _split_of(location, "test") or _split_of(location, "val"))]
-    run = run_pretraining(config, train, test, out, choose_runtime(device, precision), resume, max_steps,
-                          60 * max_time if max_time else None)
+    try:
+        run = run_pretraining(config, train, test, out, choose_runtime(device, precision), resume, max_steps,
+                              60 * max_time if max_time else None)
+    except KeyboardInterrupt:
+        if (out / "metrics.jsonl").is_file():
+            write_report(out)
+        raise
+    page, _ = write_report(out)
     click.echo(f"step {run.position.step} of {config.training.steps}: {run.last_checkpoint()}/model.safetensors, "
-               f"{out}/metrics.jsonl")
+               f"{out}/metrics.jsonl, {page}")
     _print_held_out(run.last_figures())
 
 
@@ -305,6 +312,15 @@ def retrieve(checkpoint: Path, shards: Path, output: Path, overrides: tuple[str,
             for k in ks))
     draw_retrieval(found, test, source.data, output)
     click.echo(str(output))
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path, file_okay=False))
+def report(run: Path) -> None:
+    """Draw the curves of a RUN (a folder of `avtrain pretrain`) and put its figures on a page."""
+    from avtrain.report import write_report
+
+    click.echo(", ".join(map(str, write_report(run))))
 
 
 @main.command("import-released")

@@ -62,6 +62,10 @@ def test_a_run_leaves_what_is_promised(whole):
     model = load_model(out / "checkpoints" / "step-000009" / "model.safetensors")
     assert model.config.dimension == 32
     assert len(list((out / "checkpoints").iterdir())) == 3
+    page = (out / "report.html").read_text()
+    assert str(out / "report.html") in printed and (out / "report.png").stat().st_size > 10_000
+    assert f"<td class=number>{losses[-1]['test_mep_audio']:.4f}</td>" in page
+    assert f"<td class=number>{losses[-1]['loss']:.4f}</td>" in page
 
 
 def test_killed_and_resumed_gives_the_same_losses_step_for_step(shards, whole, tmp_path):

@@ -1,0 +1,106 @@
+"""The report of a run: a picture and a page made from its folder alone."""
+
+import base64
+import json
+import math
+import re
+import struct
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from avtrain.cli import main
+from avtrain.config import config_to, read_config
+from avtrain.errors import AvtrainError
+from avtrain.report import PICTURE_PIXELS, chance_of, write_report
+
+# Three steps of four, the last one evaluated; a batch of two clips may have nothing masked.
+LINES = [
+    {"step": 1, "epoch": 0, "loss": 12.0, "mep_visual": 3.1, "pair": 0.8, "pair_accuracy": 0.5, "learning_rate": 1e-3,
+     "clips_per_s": 9.0, "waiting_share": 0.3, "skipped_steps": 0},
+    {"step": 2, "epoch": 0, "loss": 11.0, "mep_visual": 2.9, "pair": 0.7, "pair_accuracy": 0.75, "learning_rate": 5e-4,
+     "clips_per_s": 19.0, "waiting_share": 0.1, "skipped_steps": 1},
+    {"step": 3, "epoch": 1, "loss": 10.5, "pair": 0.6, "pair_accuracy": 1.0, "learning_rate": 1e-5,
+     "clips_per_s": 19.0, "waiting_share": 0.1, "skipped_steps": 1, "test_loss": 11.5, "test_mep_visual": 2.5,
+     "test_pair_accuracy": 0.625, "test_masked_top1_audio": 0.0317}]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run that was stopped after step 3."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    config = read_config("tiny", ["training.steps=4", "model.rank=8", "objectives.negatives=16"])
+    (folder / "config.json").write_text(json.dumps(config_to(config)))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return folder
+
+
+def _cells(page):
+    return [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
+
+
+def _png_size(content):
+    assert content.startswith(b"\x89PNG")
+    return struct.unpack(">II", content[16:24])
+
+
+def test_the_page_holds_the_figures_beside_chance_the_settings_and_the_curves(run):
+    done = CliRunner().invoke(main, ["report", str(run)])
+    assert done.exit_code == 0 and str(run / "report.html") in done.stdout
+    page = (run / "report.html").read_text()
+    rows = {cells[0]: cells[1:] for cells in _cells(page)}
+    assert rows["loss"][:2] == ["11.5000", "10.5000"]
+    assert rows["mep_visual"] == ["2.5000", "2.9000", f"{math.log(17):.4f}"]
+    assert rows["pair_accuracy"] == ["62.5 %", "100.0 %", "50.0 %"]
+    assert rows["masked_top1_audio"] == ["3.2 %", "–", "1.0 %"]
+    assert rows["model.rank"] == ["8", "128"] and "data.segments" not in rows
+    assert "step 3 of 4" in page and "Held out, at step 3" in page and f"torch {torch.__version__}" in page
+    picture = (run / "report.png").read_bytes()
+    assert _png_size(picture) == PICTURE_PIXELS
+    assert base64.b64decode(re.search(r'src="data:image/png;base64,([^"]*)"', page).group(1)) == picture
+    assert not re.search(r'(src|href)="(?!data:)', page)  # nothing outside the file
+    assert not [path for path in run.iterdir() if path.name.startswith(".")]
+
+
+def test_odd_runs_are_drawn_too(tmp_path):
+    """Killed while writing, one step long, never evaluated, with a loss that was not finite, oddly named."""
+    folder = tmp_path / "<b>run & co"
+    folder.mkdir()
+    config = read_config("tiny", ["model.fusion=late", "objectives.sampling=random"])
+    (folder / "config.json").write_text(json.dumps(config_to(config)))
+    (folder / "metrics.jsonl").write_text(
+        '{"step": 1, "epoch": 0, "loss": NaN, "mep_audio": 4.0, "learning_rate": 0.1, "clips_per_s": 2.0, '
+        '"waiting_share": 0.5}\n{"step": 2, "lo')
+    page, picture = write_report(folder)
+    text = page.read_text()
+    assert "<b>" not in text and "&lt;b&gt;run &amp; co" in text
+    rows = {cells[0]: cells[1:] for cells in _cells(text)}
+    assert rows["mep_audio"][1] == "4.0000" and rows["loss"][1] == "–" and rows["model.fusion"][0] == "&quot;late&quot;"
+    assert _png_size(picture.read_bytes()) == PICTURE_PIXELS
+
+
+def test_what_is_no_run_is_said(run, tmp_path):
+    done = CliRunner().invoke(main, ["report", str(tmp_path)])
+    assert done.exit_code == 1 and f"{tmp_path} has no config.json" in done.stderr
+    (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(AvtrainError, match="not made a step"):
+        write_report(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("{nonsense}\n")
+    with pytest.raises(AvtrainError, match="damaged"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_chance():
+    config = read_config("tiny")  # 64 negatives from 16 x 15 segments
+    assert chance_of("test_loss", config) == pytest.approx(4 * math.log(65) + math.log(2))
+    assert chance_of("pair", config) == pytest.approx(math.log(2))
+    assert chance_of("top1_multimodal_audio", config) == pytest.approx(1 / 65)
+    late = read_config("tiny", ["model.fusion=late", "objectives.mep_visual=0.5"])
+    assert chance_of("loss", late) == pytest.approx(1.5 * math.log(65))
+    few = read_config("tiny", ["training.batch_size=4"])  # 59 others: fewer than 64
+    assert chance_of("mep_audio", few) is None and chance_of("loss", few) is None
+    assert chance_of("clips_per_s", config) is None
