@@ -1,8 +1,9 @@
 """The demo dataset: short videos of eight classes, told apart only by what moves how and what is heard.
 
-A class is a way of moving and a way of sounding, locked to one irregular beat. Everything else (colours, background,
-shape, place, pitch, timbre, loudness, noise) is drawn anew at every cut, every two seconds, so neither mean colour nor
-loudness tells the class, and a clip can't be recognised by its looks.
+A class is a way of moving and a way of sounding, locked to one beat whose tempo is the clip's own. Everything else
+(colours, background, places, sizes, pitch, timbre, loudness, noise) is drawn anew at every cut, every two seconds, so
+neither mean colour nor loudness tells the class, and a clip can't be recognised by its looks. As in the world, what is
+small sounds high: within a scene, picture and sound also go together by size and pitch.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from avprep.progress import progress
 COUNTS = {"train": 200, "test": 100}
 _CLIP_S, _CUT_S = 30.0, 2.0
 _FPS, _WIDTH, _HEIGHT, _SAMPLE_RATE_HZ = 16, 96, 72, 44_100
-_BEAT_S = (0.7, 1.6)  # mean length of a beat, constant within a clip
+_BEAT_S = (0.9, 2.0)  # mean length of a beat, constant within a clip
+_SHAPES = 6
 _QUICK_AAC = ("-aac_coder", "fast", "-aac_tns", "0", "-aac_is", "0", "-aac_ms", "0", "-aac_pns", "0")  # half the time
-_SWAY = 0.22  # of the picture's height: how far things move
 
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class _Pose:
-    """Where the shape is relative to its place (in heights), how large, how turned (radians), how visible."""
+    """Where a shape is relative to its place (in heights), how large, how turned (radians), how visible."""
 
     x: Floats | float = 0.0
     y: Floats | float = 0.0
@@ -45,28 +46,29 @@ class _Pose:
     alpha: Floats | float = 1.0
 
 
-# Motions: (position within the beat in [0, 1), a number in [-1, 1] drawn for each beat) -> pose.
-_MOTIONS: dict[str, Callable[[Floats, Floats], _Pose]] = {
-    "swing": lambda u, r: _Pose(x=_SWAY * np.sin(2 * np.pi * u)),
-    "bounce": lambda u, r: _Pose(y=_SWAY * (1 - 2 * np.abs(np.sin(np.pi * u)))),
-    "circle": lambda u, r: _Pose(x=_SWAY * np.sin(2 * np.pi * u), y=_SWAY * np.cos(2 * np.pi * u)),
-    "pulse": lambda u, r: _Pose(scale=1 + 0.5 * np.sin(2 * np.pi * u)),
-    "blink": lambda u, r: _Pose(alpha=(u < 0.5).astype(np.float32)),
-    "spin": lambda u, r: _Pose(angle=2 * np.pi * u),
-    "jump": lambda u, r: _Pose(x=_SWAY * r, y=np.float32(_SWAY) * np.sin(40 * r)),
-    "slide": lambda u, r: _Pose(x=_SWAY * (2 * u - 1)),
+# Motions: position within the beat in [0, 1) -> pose. Slow enough to be followed at four frames a second, and no class
+# is another's mirror image.
+_MOTIONS: dict[str, Callable[[Floats], _Pose]] = {
+    "rise": lambda u: _Pose(y=-0.3 * u),
+    "sink": lambda u: _Pose(y=0.3 * u),
+    "grow": lambda u: _Pose(scale=np.exp(0.7 * (u - 0.5))),
+    "shrink": lambda u: _Pose(scale=np.exp(-0.7 * (u - 0.5))),
+    "turn": lambda u: _Pose(angle=1.3 * u),
+    "sway": lambda u: _Pose(x=0.14 * np.sin(2 * np.pi * u)),
+    "bob": lambda u: _Pose(y=0.14 * np.sin(2 * np.pi * u)),
+    "blink": lambda u: _Pose(alpha=0.5 + 0.5 * np.sin(2 * np.pi * u)),
 }
 
-# Sounds: the same arguments -> (pitch in octaves above the scene's, amplitude in [0, 1]).
-_SOUNDS: dict[str, Callable[[Floats, Floats], tuple[Floats, Floats]]] = {
-    "swing": lambda u, r: (0.5 * np.sin(2 * np.pi * u), np.ones_like(u)),
-    "bounce": lambda u, r: (np.zeros_like(u), np.exp(-6 * u)),
-    "circle": lambda u, r: (np.where(u % 0.25 < 0.125, 0.6, 0.0), np.ones_like(u)),
-    "pulse": lambda u, r: (np.zeros_like(u), np.sin(np.pi * u) ** 2),
-    "blink": lambda u, r: (np.zeros_like(u), (u < 0.5).astype(np.float32)),
-    "spin": lambda u, r: (u, np.ones_like(u)),
-    "jump": lambda u, r: (0.7 * r, np.ones_like(u)),
-    "slide": lambda u, r: (-u, np.exp(-1.5 * u)),
+# Sounds: position within the beat -> (pitch in octaves above the scene's, amplitude in [0, 1]).
+_SOUNDS: dict[str, Callable[[Floats], tuple[Floats, Floats]]] = {
+    "rise": lambda u: (0.8 * (u - 0.5), np.ones_like(u)),
+    "sink": lambda u: (-0.8 * (u - 0.5), np.ones_like(u)),
+    "grow": lambda u: (np.zeros_like(u), np.power(10, 1.2 * (u - 1))),
+    "shrink": lambda u: (np.zeros_like(u), np.power(10, -1.2 * u)),
+    "turn": lambda u: (0.25 * np.sin(8 * np.pi * u), np.ones_like(u)),
+    "sway": lambda u: (0.4 * np.sin(2 * np.pi * u), np.ones_like(u)),
+    "bob": lambda u: (np.where(u < 0.5, 0.25, -0.25), np.ones_like(u)),
+    "blink": lambda u: (np.zeros_like(u), (u < 0.5).astype(np.float32)),
 }
 
 CLASSES = tuple(sorted(_MOTIONS))
@@ -95,10 +97,10 @@ def make_demo(folder: Path, workers: int, counts: dict[str, int] | None = None, 
 def _make_video(video: tuple[Path, int], root: Path) -> None:
     path, seed = video
     rng = default_rng([seed, zlib.crc32(path.relative_to(root).as_posix().encode())])
-    beats = _Beats(rng)
+    score = _Score(rng)
     name = path.parent.name
-    frames = _pictures(name, beats, rng)
-    waveform = _sound(name, beats, rng)
+    frames = _pictures(name, score, rng)
+    waveform = _sound(name, score, rng)
     sound_file = path.with_suffix(".f32")
     sound_file.write_bytes(waveform.tobytes())
     command = [ffmpeg_path(), "-nostdin", "-loglevel", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24",
@@ -112,40 +114,38 @@ def _make_video(video: tuple[Path, int], root: Path) -> None:
         raise AvprepError(f"ffmpeg could not write {path}: {done.stderr.decode(errors='replace').strip()}")
 
 
-class _Beats:
-    """An irregular beat that picture and sound of one video share."""
+class _Score:
+    """What picture and sound of one video share: an irregular beat, and how large and low each scene is."""
 
     def __init__(self, rng: Generator) -> None:
-        lengths_s = rng.uniform(*_BEAT_S) * rng.uniform(0.75, 1.35, size=64)
+        lengths_s = rng.uniform(*_BEAT_S) * rng.uniform(0.85, 1.2, size=64)
         self._starts_s = np.concatenate([[0.0], np.cumsum(lengths_s)]) - lengths_s[0] * rng.uniform()
-        self._draws = rng.uniform(-1, 1, size=64)
+        self.sizes = rng.uniform(size=int(_CLIP_S / _CUT_S))  # of each scene, 0 small and high to 1 large and low
 
-    def at(self, times_s: NDArray[np.float64]) -> tuple[Floats, Floats]:
-        """(position within the beat, the beat's own random number) at each time."""
-        phase = np.interp(times_s, self._starts_s, np.arange(len(self._starts_s)))
-        return (phase % 1.0).astype(np.float32), self._draws[phase.astype(int)].astype(np.float32)
+    def beat(self, times_s: NDArray[np.float64]) -> Floats:
+        """Position within the beat, in [0, 1), at each time."""
+        return np.asarray(np.interp(times_s, self._starts_s, np.arange(len(self._starts_s))) % 1.0, np.float32)
 
 
-def _pictures(name: str, beats: _Beats, rng: Generator) -> NDArray[np.uint8]:
+def _pictures(name: str, score: _Score, rng: Generator) -> NDArray[np.uint8]:
     """(frames, height, width, 3) uint8."""
-    times_s = np.arange(int(_CLIP_S * _FPS)) / _FPS
-    return np.concatenate([_scene_pictures(name, scene, beats, rng)
-                           for scene in np.split(times_s, int(_CLIP_S / _CUT_S))])
+    scenes_s = np.split(np.arange(int(_CLIP_S * _FPS)) / _FPS, int(_CLIP_S / _CUT_S))
+    return np.concatenate([_scene_pictures(_MOTIONS[name](score.beat(times_s)), len(times_s), float(size), rng)
+                           for times_s, size in zip(scenes_s, score.sizes, strict=True)])
 
 
-def _scene_pictures(name: str, times_s: NDArray[np.float64], beats: _Beats, rng: Generator) -> NDArray[np.uint8]:
-    count = len(times_s)
-    pose = _MOTIONS[name](*beats.at(times_s))
+def _scene_pictures(pose: _Pose, count: int, size: float, rng: Generator) -> NDArray[np.uint8]:
+    """Shapes of random colours, turns and places over a background, all moved in the same way."""
     y, x = (np.mgrid[0:_HEIGHT, 0:_WIDTH] / _HEIGHT).astype(np.float32)
     frames = np.repeat(_background(x, y, rng)[None], count, axis=0)
-    seconds = (times_s - times_s[0]).astype(np.float32)[:, None, None]
-    # A second shape drifts by, whatever the class.
-    drift = rng.uniform(-0.12, 0.12, size=2).astype(np.float32)
-    _draw_shape(frames, x, y, _Pose(x=drift[0] * seconds, y=drift[1] * seconds), rng)
-    _draw_shape(frames, x, y, _Pose(**{axis: np.broadcast_to(np.asarray(value, np.float32), count)[:, None, None]
-                                       for axis, value in vars(pose).items()}), rng)
+    by_frame = {axis: np.broadcast_to(np.asarray(value, np.float32), count)[:, None, None]
+                for axis, value in vars(pose).items()}
+    side = np.float32(rng.choice([-1.0, 1.0]))  # sideways and turning motions begin either way
+    moved = _Pose(**{**by_frame, "x": side * by_frame["x"], "angle": side * by_frame["angle"]})
+    for _ in range(_SHAPES):
+        _draw_shape(frames, x, y, moved, np.float32(0.10 + 0.10 * size), rng)
     # One field of noise, shifted from frame to frame, costs a fraction of fresh noise.
-    noise = rng.uniform(1, 5) * rng.standard_normal((2 * _HEIGHT, 2 * _WIDTH, 1), np.float32)
+    noise = rng.uniform(1, 4) * rng.standard_normal((2 * _HEIGHT, 2 * _WIDTH, 1), np.float32)
     for frame, down, across in zip(frames, rng.integers(_HEIGHT, size=count), rng.integers(_WIDTH, size=count),
                                    strict=True):
         frame += noise[down : down + _HEIGHT, across : across + _WIDTH]
@@ -160,10 +160,10 @@ def _background(x: Floats, y: Floats, rng: Generator) -> Floats:
     return np.asarray(first + blend[..., None] * (second - first), np.float32)
 
 
-def _draw_shape(frames: Floats, x: Floats, y: Floats, pose: _Pose, rng: Generator) -> None:
-    """A box of random colour, size, turn and place, moved by `pose` (float32 arrays of (frames, 1, 1) or numbers)."""
-    place = rng.uniform((0.42, 0.38), (_WIDTH / _HEIGHT - 0.42, 0.62)).astype(np.float32)
-    length, thickness = rng.uniform((0.09, 0.04), (0.17, 0.10)).astype(np.float32)
+def _draw_shape(frames: Floats, x: Floats, y: Floats, pose: _Pose, length: np.float32, rng: Generator) -> None:
+    """A box of random colour, turn and place, moved by `pose` (float32 arrays of (frames, 1, 1))."""
+    place = rng.uniform(0.1, (_WIDTH / _HEIGHT - 0.1, 0.9)).astype(np.float32)
+    thickness = length * np.float32(rng.uniform(0.4, 0.7))
     turn = np.float32(rng.uniform(0, np.pi)) + pose.angle
     across, down = x - (place[0] + pose.x), y - (place[1] + pose.y)
     along = np.abs(np.cos(turn) * across + np.sin(turn) * down) - length * pose.scale
@@ -172,29 +172,36 @@ def _draw_shape(frames: Floats, x: Floats, y: Floats, pose: _Pose, rng: Generato
     frames += coverage[..., None] * (rng.uniform(0, 255, size=3).astype(np.float32) - frames)
 
 
-def _sound(name: str, beats: _Beats, rng: Generator) -> Floats:
+def _sound(name: str, score: _Score, rng: Generator) -> Floats:
     """(samples,), within [-1, 1]."""
     samples = int(_CLIP_S * _SAMPLE_RATE_HZ)
     # Pitch and amplitude are drawn 441 times a second and joined by lines: tones start and stop without a click.
     coarse_s = np.arange(int(_CLIP_S * 441) + 1) / 441
-    octaves, amplitude = _SOUNDS[name](*beats.at(coarse_s))
+    octaves, amplitude = _SOUNDS[name](score.beat(coarse_s))
     scene = np.minimum(coarse_s // _CUT_S, _CLIP_S / _CUT_S - 1).astype(int)
     scenes = scene[-1] + 1
-    pitch_hz = 2 ** rng.uniform(np.log2(150), np.log2(900), size=scenes)[scene] * 2**octaves
+    high = 1 - score.sizes + rng.uniform(-0.1, 0.1, size=scenes)
+    pitch_hz = 200 * 2 ** (2.6 * high)[scene] * 2**octaves
     brightness = rng.uniform(0.3, 0.9, size=scenes)[scene]
-    loudness = 10 ** rng.uniform(-1.3, -0.5, size=scenes)[scene] * amplitude
-    noisiness = 10 ** rng.uniform(-3.5, -1.8, size=scenes)[scene]
+    loudness = 10 ** rng.uniform(-1.2, -0.5, size=scenes)[scene] * amplitude
+    noisiness = 10 ** rng.uniform(-3.0, -1.3, size=scenes)[scene]
+    drone_hz = (100 * 2 ** rng.uniform(0, 4.3, size=scenes))[scene]
+    drone_loudness = 10 ** rng.uniform(-2.0, -0.8, size=scenes)[scene]
 
     def fine(values: NDArray[np.floating]) -> Floats:
         positions = np.arange(samples) / (_SAMPLE_RATE_HZ / 441)
         return np.asarray(np.interp(positions, np.arange(len(values)), values), np.float32)
 
-    cycles = np.cumsum(fine(pitch_hz), dtype=np.float64) / _SAMPLE_RATE_HZ
-    phase = (2 * np.pi * (cycles % 1)).astype(np.float32)
-    tone: Floats = np.zeros(samples, np.float32)
+    def tone(hz: NDArray[np.floating], harmonics: int) -> Floats:
+        cycles = np.cumsum(fine(hz), dtype=np.float64) / _SAMPLE_RATE_HZ
+        phase = (2 * np.pi * (cycles % 1)).astype(np.float32)
+        wave = np.zeros(samples, np.float32)
+        for harmonic in range(harmonics, 0, -1):
+            wave = wave * bright + np.sin(harmonic * phase)
+        return wave
+
     bright = fine(brightness)
-    for harmonic in range(5, 0, -1):
-        tone = tone * bright + np.sin(harmonic * phase)
-    tone *= fine(loudness) / 2
-    tone += fine(noisiness) * rng.standard_normal(samples, np.float32)
-    return np.clip(tone, -1, 1, out=tone)
+    # The drone is there whatever the class, and tells nothing of it.
+    mixed = tone(pitch_hz, 5) * (fine(loudness) / 2) + tone(drone_hz, 3) * (fine(drone_loudness) / 2)
+    mixed += fine(noisiness) * rng.standard_normal(samples, np.float32)
+    return np.asarray(mixed.clip(-1, 1), np.float32)

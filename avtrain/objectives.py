@@ -6,6 +6,7 @@ All that is random here is drawn from the generator that is handed in.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from avtrain.models.heads import SequenceHead
 from avtrain.negatives import sample_negatives
 
 VISUAL, AUDIO = 0, 1
+_START_SCALE = 0.2
 
 
 class ObjectiveResult(NamedTuple):
@@ -170,14 +172,20 @@ class Objectives(nn.Module):
 class Predictor(nn.Module):
     """FFN (two layers) on outputs and W_I on local embeddings.
 
-    Start values make all scores nearly equal, so that the first loss is that of chance: ln(candidates).
+    At the start, FFN is near the identity and W_I a small part of it: what is alike scores a little higher. All scores
+    are nearly equal, so that the first loss is that of chance, ln(candidates), but the gradient already has a sense.
     """
 
     def __init__(self, dimension: int) -> None:
         super().__init__()
-        self.feedforward = nn.Sequential(nn.Linear(dimension, dimension), nn.GELU(), nn.Linear(dimension, dimension))
+        inner, outer = nn.Linear(dimension, dimension), nn.Linear(dimension, dimension)
+        self.feedforward = nn.Sequential(inner, nn.GELU(), outer)
         self.projection = nn.Linear(dimension, dimension, bias=False)
-        nn.init.normal_(self.projection.weight, std=1 / dimension)
+        with torch.no_grad():
+            turn = math.sqrt(2) * nn.init.orthogonal_(torch.empty(dimension, dimension))
+            inner.weight.copy_(turn)
+            outer.weight.copy_(turn.mT)
+            self.projection.weight.copy_(_START_SCALE / math.sqrt(dimension) * torch.eye(dimension))
 
     def forward(self, outputs: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """(n, D), (m, D) -> (n, D), (m, D), whose inner products are the scores."""

@@ -23,6 +23,7 @@ from avtrain.objectives import Objectives
 from avtrain.runtime import Runtime, seed_everything
 
 _CONFIG = "config.json"
+_START_CLIPS = 8  # that the projections' start values are taken from
 
 
 class EpochBatches:
@@ -72,6 +73,8 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     if resume:
         run.resume()
     else:
+        first = next(supply.epoch(0, 0)).tensors(runtime.device)
+        model.standardize(*(tensor[:_START_CLIPS] for tensor in first))
         with written_whole(out / _CONFIG) as temporary:
             temporary.write_text(json.dumps(config_to(config), indent=1) + "\n", encoding="utf-8")
 

@@ -117,6 +117,27 @@ class AVBert(nn.Module):
         audio_local = self.audio_norm(self.audio_projection(audio_pooled)) * audio_present.unsqueeze(-1)
         return LocalEmbeddings(visual_pooled, audio_pooled, visual_local, audio_local), visual_present, audio_present
 
+    @torch.no_grad()
+    def standardize(self, visual: Tensor | None, audio: Tensor | None, visual_present: Tensor | None = None,
+                    audio_present: Tensor | None = None) -> None:
+        """Start values of the projections from data: pooled channels are brought to zero mean and unit deviation.
+
+        What a random CNN gives for different segments is nearly all alike: the average cosine is 0.8. Without this,
+        that common part hides from the Transformers what they should tell apart.
+
+        Args:
+            visual, audio, visual_present, audio_present: some clips, as in `forward`; a modality without any
+                segments is left as it is.
+        """
+        local, *presence = self.embed(visual, audio, visual_present, audio_present)
+        for pooled, present, projection in zip((local.visual_pooled, local.audio_pooled), presence,
+                                               (self.visual_projection, self.audio_projection), strict=True):
+            if int(present.sum()) > 1:
+                rows = pooled[present].to(projection.weight.dtype)
+                deviation = rows.std(0)
+                projection.weight /= deviation.clamp(min=0.01 * float(deviation.max()))  # a dead channel stays small
+                projection.bias.copy_(-projection.weight @ rows.mean(0))
+
     def contextualize(self, visual_local: Tensor, audio_local: Tensor, visual_present: Tensor,
                       audio_present: Tensor) -> Tokens:
         """The Transformers on local embeddings, some of which the caller may have replaced by others (masking).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ class TransformerLayer(nn.Module):
         self.feedforward_in = linear(config.dimension, config.feedforward)
         self.feedforward_out = linear(config.feedforward, config.dimension)
         self.feedforward_norm = nn.LayerNorm(config.dimension, eps=LAYER_NORM_EPS)
+        copy_values_(self.attention_in, self.attention_out, 2 / math.sqrt(config.layers))
 
     def linears(self) -> list[SharedLinear | LowRankLinear]:
         """In the order of `FoldedLayer`."""
@@ -63,6 +65,33 @@ class TransformerLayer(nn.Module):
         narrowed = folded.feedforward_out.apply(widened).squeeze(0)
         y: Tensor = self.feedforward_norm(x + F.dropout(narrowed, dropout))
         return y
+
+
+@torch.no_grad()
+def copy_values_(values: SharedLinear | LowRankLinear, outputs: SharedLinear | LowRankLinear, size: float) -> None:
+    """Start values with which attention copies: its value and output maps undo each other.
+
+    A layer then begins by adding the average of what it attends to, not a random mixture of it, and masked prediction
+    has a signal for the CNNs from the first step on (compare Trockman and Kolter, "Mimetic Initialization of
+    Self-Attention Layers", ICML 2023).
+
+    Args:
+        values: its third map is the one of the values.
+        outputs: the map after attention.
+        size: of what is added, in parts of what it is added to. Smaller for more layers, or all tokens become alike.
+    """
+    if values.bias.is_meta:
+        return  # shapes without values have nothing to start
+    if isinstance(values, LowRankLinear) and isinstance(outputs, LowRankLinear):
+        dimension, rank = values.shared.shape[1:]
+        read, between = (nn.init.orthogonal_(torch.empty(dimension, rank)) for _ in range(2))
+        values.shared[2], outputs.shared[0] = size * math.sqrt(dimension) * between, size * math.sqrt(dimension) * read
+        # The rotation comes after the private map, and is taken back there.
+        values.private[:, 2 * rank:] = rotation_of(values.skew)[:, 2] @ read.mT
+        outputs.private[:] = rotation_of(outputs.skew)[:, 0] @ between.mT
+    elif isinstance(values, SharedLinear) and isinstance(outputs, SharedLinear):
+        turn = nn.init.orthogonal_(torch.empty_like(values.weight[2]))
+        values.weight[2], outputs.weight[0] = math.sqrt(size) * turn, math.sqrt(size) * turn.mT
 
 
 class Encoder(nn.Module):
