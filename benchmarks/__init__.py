@@ -33,13 +33,14 @@ def share_of(name: str, unit: str, ours: float, baseline: float, at_most: float)
     return Row(name, unit, ours, baseline, ratio, f"<= {at_most:g}", ratio <= at_most)
 
 
-def interleaved_medians(rounds: int, *steps: Callable[[], object]) -> list[float]:
+def interleaved_medians(rounds: int, *steps: Callable[[], object],
+                        clock: Callable[[], float] = time.perf_counter) -> list[float]:
     """Median seconds of each step, run in turn so that a busy machine disturbs all alike; one round warms up."""
     seconds: list[list[float]] = [[] for _ in steps]
     for index in range(rounds + 1):
         for step, kept in zip(steps, seconds, strict=True):
-            start = time.perf_counter()
+            start = clock()
             step()
             if index:
-                kept.append(time.perf_counter() - start)
+                kept.append(clock() - start)
     return [statistics.median(kept) for kept in seconds]

@@ -7,7 +7,7 @@ import sys
 
 from benchmarks import Row
 
-MODULES = ["prep", "model"]
+MODULES = ["prep", "data", "model"]
 
 
 def main(names: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _BT709 = 1  # colour space in ffmpeg's numbering
+_FRAMES_AT_ONCE = 32
 
 
 class ClipUnreadable(Exception):
@@ -35,7 +37,20 @@ def decode_frames(mp4: bytes, step: int, first: int = 0, last: int | None = None
     Raises:
         ClipUnreadable: the bytes are no video, or hold no such frame.
     """
-    luma, chroma, bt709 = [], [], False
+    parts = list(decode_parts(mp4, _FRAMES_AT_ONCE, step, first, last))
+    return Planes(np.concatenate([part.luma for part in parts]), np.concatenate([part.chroma for part in parts]),
+                  parts[0].bt709)
+
+
+def decode_parts(mp4: bytes, size: int, step: int, first: int = 0, last: int | None = None) -> Iterator[Planes]:
+    """What `decode_frames` gives, `size` frames at a time, the last ones maybe fewer.
+
+    30 s at once are 25 MB, which take longer to get from the system than to fill.
+
+    Raises:
+        ClipUnreadable: as `decode_frames`.
+    """
+    count, part = 0, None
     try:
         with av.open(io.BytesIO(mp4), "r") as container:
             stream = container.streams.video[0]
@@ -50,20 +65,28 @@ def decode_frames(mp4: bytes, step: int, first: int = 0, last: int | None = None
                 if last is not None and number >= last:
                     break
                 if number >= first and (number - first) % step == 0:
-                    bt709 = frame.colorspace == _BT709
-                    luma.append(_plane(frame.planes[0]))
-                    chroma.append(np.stack([_plane(frame.planes[1]), _plane(frame.planes[2])]))
+                    y, u, v = (_plane(plane) for plane in frame.planes)
+                    if part is None:
+                        part = Planes(np.empty((size, *y.shape), np.uint8), np.empty((size, 2, *u.shape), np.uint8),
+                                      frame.colorspace == _BT709)
+                    # Copied: the decoder reuses its memory.
+                    part.luma[count % size], part.chroma[count % size, 0], part.chroma[count % size, 1] = y, u, v
+                    count += 1
+                    if count % size == 0:
+                        yield part
+                        part = None
     except (av.error.FFmpegError, IndexError) as error:
         raise ClipUnreadable(f"its video can't be decoded: {error}") from error
-    if not luma:
+    if part is not None:
+        yield Planes(part.luma[:count % size], part.chroma[:count % size], part.bt709)
+    if not count:
         raise ClipUnreadable("its video has no such frames")
-    return Planes(np.stack(luma), np.stack(chroma), bt709)
 
 
 def _plane(plane: Any) -> NDArray[np.uint8]:
-    """The plane without the padding of its lines: (height, width), a copy, for the decoder reuses its memory."""
+    """The plane without the padding of its lines: (height, width), a view of the decoder's memory."""
     lines: NDArray[np.uint8] = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
-    picture: NDArray[np.uint8] = lines[:plane.height, :plane.width].copy()
+    picture: NDArray[np.uint8] = lines[:plane.height, :plane.width]
     return picture
 
 

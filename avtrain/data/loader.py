@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from avtrain.config import DataConfig
 from avtrain.data.augment import centre_view, masked_log_mel, pixels, random_view
-from avtrain.data.decode import ClipUnreadable, decode_frames, decode_log_mel
+from avtrain.data.decode import ClipUnreadable, decode_log_mel, decode_parts
 from avtrain.data.order import ClipPlace
 from avtrain.data.shards import ShardFolder, ShardReader
 from avtrain.errors import AvtrainError
@@ -91,44 +91,74 @@ class ClipDataset(Dataset[Any]):
         self._folder, self._config, self._seed = folder, config, seed
         self._reader: ShardReader | None = None
 
+    def __getitems__(self, at: Sequence[tuple[ClipPlace, int]]) -> Batch:
+        """A batch, as DataLoader asks for it: pixels go where they stay, and what could not be decoded is left out.
+
+        Raises:
+            AvtrainError: not one of the clips could be decoded.
+        """
+        visual, clips, unreadable = self._room(len(at)), list[_Clip](), list[str]()
+        for one in at:
+            item = self._item(one, visual[len(clips)])
+            clips.append(item) if isinstance(item, _Clip) else unreadable.append(item)
+        if not clips:
+            raise AvtrainError(f"not one clip of a batch could be decoded; the first: {unreadable[0]}")
+        return Batch(visual[:len(clips)], torch.stack([clip.audio for clip in clips]),
+                     torch.stack([clip.visual_present for clip in clips]),
+                     torch.stack([clip.audio_present for clip in clips]),
+                     [clip.labels for clip in clips], [clip.key for clip in clips], unreadable)
+
     def __getitem__(self, at: tuple[ClipPlace, int]) -> _Clip | str:
+        return self._item(at, self._room(1)[0])
+
+    def _room(self, clips: int) -> Tensor:
+        config = self._config
+        # numpy asks for large memory pages, torch does not: filling a new array takes half the time.
+        return torch.from_numpy(np.empty((clips, config.segments, 3, config.segment_frames, config.crop, config.crop),
+                                         np.uint8))
+
+    def _item(self, at: tuple[ClipPlace, int], visual: Tensor) -> _Clip | str:
+        """The clip, its pixels written into `visual`; or a line that says why it could not be decoded."""
         place, epoch = at
         self._reader = self._reader or ShardReader(self._folder)  # opened in the worker, not before it is forked
         key, members = self._reader.read(*place)
         random = None if self._seed is None else np.random.default_rng([self._seed, epoch, *place])
         try:
-            return self._clip(key, members, random)
+            return self._clip(key, members, visual, random)
         except (ClipUnreadable, KeyError, ValueError) as error:
             return f"{self._folder.shards[place.shard].url}: {key}: {error}"
 
-    def _clip(self, key: str, members: dict[str, bytes], random: np.random.Generator | None) -> _Clip:
+    def _clip(self, key: str, members: dict[str, bytes], visual: Tensor, random: np.random.Generator | None) -> _Clip:
         config, spec = self._config, self._folder.spec
         info = json.loads(members["json"])
         there = max(info["frames"] // spec["segment_frames"], info["mel_frames"] // spec["mel_frames"], 1)
         count = min(there, config.segments)
         first = int(random.integers(there - count + 1)) if random is not None else 0
-        visual, visual_present = self._visual(members.get("mp4"), info["frames"], first, count, random)
+        visual_present = self._visual(members.get("mp4"), info["frames"], first, count, visual, random)
         audio, audio_present = self._audio(members.get("logmel.npy"), first, count, random)
         return _Clip(key, visual, audio, visual_present, audio_present, info["labels"])
 
-    def _visual(self, mp4: bytes | None, frames: int, first: int, count: int,
-                random: np.random.Generator | None) -> tuple[Tensor, Tensor]:
+    def _visual(self, mp4: bytes | None, frames: int, first: int, count: int, visual: Tensor,
+                random: np.random.Generator | None) -> Tensor:
+        """Fills `visual`, (segments, 3, frames, height, width), and says which segments are there."""
         config, length = self._config, int(self._folder.spec["segment_frames"])
         view = (centre_view(config.crop, config.scale) if random is None
                 else random_view(config.crop, config.scale, random))
-        visual = torch.zeros(config.segments, 3, config.segment_frames, config.crop, config.crop, dtype=torch.uint8)
         present = torch.zeros(config.segments, dtype=torch.bool)
         # A video shorter than a segment still gives one: its last frame is held.
         whole = min(count, max(frames // length - first, int(first == 0)))
         if mp4 is None or whole <= 0:
-            return visual, present
-        rgb = pixels(decode_frames(mp4, self._step, first * length, (first + whole) * length), view, config.crop)
-        lacking = whole * config.segment_frames - len(rgb)
-        if lacking > 0:
-            rgb = torch.cat((rgb, rgb[-1:].expand(lacking, -1, -1, -1)))
-        visual[:whole] = rgb.unflatten(0, (whole, config.segment_frames)).transpose(1, 2)
+            visual.zero_()
+            return present
+        parts = decode_parts(mp4, config.segment_frames, self._step, first * length, (first + whole) * length)
+        filled = 0
+        for filled, planes in zip(range(1, whole + 1), parts, strict=False):
+            segment, rgb = visual[filled - 1], pixels(planes, view, config.crop).transpose(0, 1)
+            segment[:, :rgb.shape[1]], segment[:, rgb.shape[1]:] = rgb, rgb[:, -1:]
+        visual[filled:whole] = visual[filled - 1, :, -1:]
+        visual[whole:] = 0
         present[:whole] = True
-        return visual, present
+        return present
 
     def _audio(self, log_mel: bytes | None, first: int, count: int,
                random: np.random.Generator | None) -> tuple[Tensor, Tensor]:
@@ -152,22 +182,15 @@ class ClipDataset(Dataset[Any]):
         return audio, present
 
 
-def collate(clips: Sequence[_Clip | str]) -> Batch:
-    """One batch from clips, leaving out what could not be decoded."""
-    good = [clip for clip in clips if isinstance(clip, _Clip)]
-    unreadable = [clip for clip in clips if isinstance(clip, str)]
-    if not good:
-        raise AvtrainError(f"not one clip of a batch could be decoded; the first: {unreadable[0]}")
-    return Batch(torch.stack([clip.visual for clip in good]), torch.stack([clip.audio for clip in good]),
-                 torch.stack([clip.visual_present for clip in good]),
-                 torch.stack([clip.audio_present for clip in good]),
-                 [clip.labels for clip in good], [clip.key for clip in good], unreadable)
+def _as_it_is(batch: Any) -> Any:
+    """`ClipDataset` makes whole batches."""
+    return batch
 
 
 def batches(dataset: ClipDataset, places: Sequence[Sequence[ClipPlace]], epoch: int, workers: int) -> Iterator[Batch]:
     """The batches of these places in order, made ahead by worker processes (0: in this one)."""
     loader = DataLoader(
-        dataset, batch_sampler=[[(place, epoch) for place in batch] for batch in places], collate_fn=collate,
+        dataset, batch_sampler=[[(place, epoch) for place in batch] for batch in places], collate_fn=_as_it_is,
         num_workers=workers, prefetch_factor=2 if workers else None,
         worker_init_fn=_one_thread if workers else None,
         # Its own, though nothing here draws from it: a loader would else take a number from the global generator
