@@ -10,7 +10,7 @@ BIN     := $(VENV)/bin
 READY   := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow lint pretrain demo bench clean
+.PHONY: help install test test-slow lint pretrain demo bench demo-report ablations clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -44,6 +44,14 @@ demo: $(READY)  ## make the demo dataset, build its shards, draw a contact sheet
 
 bench: $(READY)  ## run the benchmarks
 	$(BIN)/python -m benchmarks
+
+demo-report: $(READY)  ## pretrain on the demo with three seeds (half an hour) and print what was learned
+	$(BIN)/avprep build --dataset demo --split all --out $(SHARDS) --workers $(WORKERS)
+	$(BIN)/python -m benchmarks.demo_report --shards $(SHARDS)/demo
+
+ablations: $(READY)  ## pretrain on the demo over fusion, negatives, sharing: a table and a plot (half an hour)
+	$(BIN)/avprep build --dataset demo --split all --out $(SHARDS) --workers $(WORKERS)
+	$(BIN)/python -m benchmarks.ablations --shards $(SHARDS)/demo
 
 clean:  ## remove .venv and caches (shards and data stay)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

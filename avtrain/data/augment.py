@@ -96,18 +96,20 @@ def _resized(planes: Tensor, top: float, left: float, side: float, crop: int) ->
 
 def masked_log_mel(segments: NDArray[np.float32], frequency_share: float, time_share: float,
                    random: Generator) -> NDArray[np.float32]:
-    """Set one band of frequencies and one stretch of time to the clip's mean, each at most that share of the axis.
+    """In every segment, set one band of frequencies and one stretch of time to the segment's mean.
+
+    Each is at most that share of its axis, and drawn anew for every segment: one mask for a whole clip would be a mark
+    by which masked prediction knows the clip, and learns nothing else (seen on the demo: a training loss of 1.8 beside
+    a held-out one of 3.6).
 
     Args:
         segments: (segments, mels, frames).
     """
     masked: NDArray[np.float32] = segments.copy()
-    mean = segments.mean()
-    for axis, share in ((1, frequency_share), (2, time_share)):
-        length = segments.shape[axis]
-        size = int(random.integers(0, int(share * length) + 1))
-        start = int(random.integers(0, length - size + 1))
-        window = [slice(None), slice(None), slice(None)]
-        window[axis] = slice(start, start + size)
-        masked[tuple(window)] = mean
+    for segment in masked:
+        mean = segment.mean()
+        for lines, share in ((segment, frequency_share), (segment.T, time_share)):
+            size = int(random.integers(0, int(share * len(lines)) + 1))
+            start = int(random.integers(0, len(lines) - size + 1))
+            lines[start:start + size] = mean
     return masked

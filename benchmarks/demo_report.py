@@ -1,0 +1,64 @@
+"""`make demo-report`: what the tiny preset learns on the demo, over three seeds, measured on the demo's test split."""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+
+from avtrain.config import read_config
+from avtrain.runtime import choose_runtime
+from avtrain.transfer import load_source, random_source
+from benchmarks.learned import held_out_figures, minutes_of, probe, recalls, trained
+
+PRESET = "tiny"
+
+
+def main() -> None:
+    """Train what is not trained yet (a run that was stopped goes on), and print one table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shards", type=Path, default=Path("shards/demo"))
+    parser.add_argument("--out", type=Path, default=Path("runs/demo-report"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args()
+    table: dict[str, list[float]] = defaultdict(list)
+    chances: dict[str, float] = {}
+    minutes = [one_seed(seed, options.shards, options.out / f"seed-{seed}", table, chances) for seed in options.seeds]
+    print(f"\nTraining: {mean(minutes):.1f} minutes a seed on this machine. In percent, on the demo's test split.\n")
+    print("| | " + " | ".join(f"seed {seed}" for seed in options.seeds) + " | mean | chance |")
+    print("|---" * (len(options.seeds) + 3) + "|")
+    for name, values in table.items():
+        chance = f"{100 * chances[name]:.1f}" if name in chances else ""
+        print(f"| {name} | " + " | ".join(f"{100 * value:.1f}" for value in values)
+              + f" | {100 * mean(values):.1f} | {chance} |")
+
+
+def one_seed(seed: int, shards: Path, folder: Path, table: dict[str, list[float]],
+             chances: dict[str, float]) -> float:
+    """Train and measure one seed: adds a value to every row of the table; the minutes of training."""
+    runtime = choose_runtime(None, "auto")
+    config = read_config(PRESET)
+    config = replace(config, training=replace(config.training, seed=seed))
+    checkpoint = trained(config, shards, folder, runtime)
+    for name, value in held_out_figures(folder).items():
+        label = name.replace("masked_top1_", "masked top-1 of 100: ").replace("_", " ")
+        table[label].append(value)
+        chances[label] = 0.5 if name == "pair_accuracy" else 0.01
+    for modality in ("visual", "audio"):
+        start = random_source(PRESET, [], seed)
+        label = f"linear classifier, {modality} embeddings"
+        table[f"{label}, random start"].append(probe(start, modality, shards, folder / "start", seed, runtime))
+        table[f"{label}, pretrained"].append(probe(load_source(checkpoint), modality, shards, folder, seed, runtime))
+        chances[f"{label}, random start"] = chances[f"{label}, pretrained"] = 1 / 8
+    to_picture, to_sound, chance = recalls(checkpoint, shards, folder, runtime)
+    for label, recall in (("retrieval, sound to picture, recall@5", to_picture),
+                          ("retrieval, picture to sound, recall@5", to_sound)):
+        table[label].append(recall)
+        chances[label] = chance
+    return minutes_of(folder, config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""What a run has learned, by what anyone can run: held-out figures, linear classifiers, retrieval."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from avtrain.config import Config
+from avtrain.data.shards import open_folders
+from avtrain.pretrain import pretrain
+from avtrain.retrieval import retrieve
+from avtrain.runtime import Runtime
+from avtrain.tasks import protocol_for
+from avtrain.transfer import Source, Trial, evaluate_task, load_source
+
+NEIGHBOURS = 5
+
+
+def trained(config: Config, shards: Path, folder: Path, runtime: Runtime) -> Path:
+    """The last checkpoint of a run with these settings; begun, gone on with, or found finished."""
+    resume = (folder / "checkpoints").is_dir()
+    run = pretrain(config, [str(shards / "train")], [str(shards / "test")], folder, runtime, resume)
+    checkpoint = run.last_checkpoint()
+    assert checkpoint is not None
+    return checkpoint / "model.safetensors"
+
+
+def minutes_of(folder: Path, config: Config) -> float:
+    """How long the steps of a run took, without start, evaluations and checkpoints."""
+    return sum(config.training.batch_size / line["clips_per_s"] for line in _metrics(folder)) / 60
+
+
+def held_out_figures(folder: Path) -> dict[str, float]:
+    """Pair accuracy, and masked top-1 of 100 candidates by Transformer and modality, from the last evaluation."""
+    last = next(line for line in reversed(_metrics(folder)) if any(name.startswith("test_") for name in line))
+    return {name.removeprefix("test_"): value for name, value in last.items()
+            if name.startswith("test_masked_top1") or name == "test_pair_accuracy"}
+
+
+def _metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def probe(source: Source, modality: str, shards: Path, folder: Path, seed: int, runtime: Runtime) -> float:
+    """Top-1, in parts of 1, of `avtrain eval --task demo --protocol linear --recipe small`."""
+    trial = Trial("demo", "linear", protocol_for("demo", "linear", "small"), modality, seed=seed)
+    results = evaluate_task(source, trial, ["1"], shards.parent, folder / f"linear-{modality}", folder / "features",
+                            runtime, resume=(folder / f"linear-{modality}").exists())
+    return float(results["mean"]["top1"]["percent"]) / 100
+
+
+def recalls(checkpoint: Path, shards: Path, folder: Path, runtime: Runtime) -> tuple[float, float, float]:
+    """Recall at 5 among all test clips, from sound to picture and back, and what chance gives."""
+    source = load_source(checkpoint)
+    train, test = (open_folders([str(shards / split)]) for split in ("train", "test"))
+    found = retrieve(source.model, train, test, source.data, runtime, folder / "features")
+    return found.recall(NEIGHBOURS, True), found.recall(NEIGHBOURS, False), NEIGHBOURS / len(found.keys)
