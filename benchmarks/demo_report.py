@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
-from avtrain.config import read_config
+from avtrain.config import Config, read_config
 from avtrain.runtime import choose_runtime
 from avtrain.transfer import load_source, random_source
 from benchmarks.learned import held_out_figures, minutes_of, probe, recalls, trained
@@ -22,10 +21,13 @@ def main() -> None:
     parser.add_argument("--shards", type=Path, default=Path("shards/demo"))
     parser.add_argument("--out", type=Path, default=Path("runs/demo-report"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="instead of the preset's")
     options = parser.parse_args()
     table: dict[str, list[float]] = defaultdict(list)
     chances: dict[str, float] = {}
-    minutes = [one_seed(seed, options.shards, options.out / f"seed-{seed}", table, chances) for seed in options.seeds]
+    settings = [f"training.steps={options.steps}"] if options.steps else []
+    minutes = [one_seed(read_config(PRESET, [*settings, f"training.seed={seed}"]), options.shards,
+                        options.out / f"seed-{seed}", table, chances) for seed in options.seeds]
     print(f"\nTraining: {mean(minutes):.1f} minutes a seed on this machine. In percent, on the demo's test split.\n")
     print("| | " + " | ".join(f"seed {seed}" for seed in options.seeds) + " | mean | chance |")
     print("|---" * (len(options.seeds) + 3) + "|")
@@ -35,12 +37,10 @@ def main() -> None:
               + f" | {100 * mean(values):.1f} | {chance} |")
 
 
-def one_seed(seed: int, shards: Path, folder: Path, table: dict[str, list[float]],
+def one_seed(config: Config, shards: Path, folder: Path, table: dict[str, list[float]],
              chances: dict[str, float]) -> float:
     """Train and measure one seed: adds a value to every row of the table; the minutes of training."""
-    runtime = choose_runtime(None, "auto")
-    config = read_config(PRESET)
-    config = replace(config, training=replace(config.training, seed=seed))
+    seed, runtime = config.training.seed, choose_runtime(None, "auto")
     checkpoint = trained(config, shards, folder, runtime)
     for name, value in held_out_figures(folder).items():
         label = name.replace("masked_top1_", "masked top-1 of 100: ").replace("_", " ")

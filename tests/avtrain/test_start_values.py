@@ -15,7 +15,7 @@ from avtrain.objectives import Predictor
 
 def _cosine(embeddings):
     unit = F.normalize(embeddings.flatten(0, 1), dim=1)
-    return float((unit @ unit.T).mean())
+    return float((unit @ unit.T).mean().detach())
 
 
 def test_standardized_projections_tell_segments_apart():

@@ -1,0 +1,48 @@
+"""`make demo-report` and `make ablations`, with few steps: they run, and report what the runs say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def shards(small_demo, avprep, tmp_path_factory):
+    out = tmp_path_factory.mktemp("shards")
+    done = avprep("build", "--dataset", "demo", "--raw", small_demo, "--out", out, "--split", "all")
+    assert done.returncode == 0, done.stderr
+    return out / "demo"
+
+
+def _run(module, *arguments):
+    done = subprocess.run([sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)], cwd=ROOT,
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_demo_report(shards, tmp_path):
+    printed = _run("demo_report", "--shards", shards, "--out", tmp_path, "--seeds", 0, 1, "--steps", 2)
+    rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")]
+    assert rows[0][1].strip() == "seed 0" and len(rows) == 1 + 5 + 4 + 2
+    last = json.loads((tmp_path / "seed-1/metrics.jsonl").read_text().splitlines()[-1])
+    pair = next(row for row in rows if row[0].strip() == "pair accuracy")
+    assert float(pair[2]) == pytest.approx(100 * last["test_pair_accuracy"], abs=0.06)
+
+
+@pytest.mark.slow
+def test_ablations(shards, tmp_path):
+    printed = _run("ablations", "--shards", shards, "--out", tmp_path, "--steps", 2)
+    rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")]
+    assert [row[0].strip() for row in rows[1:]] == ["fusion"] * 3 + ["negatives"] * 3 + ["sharing"] * 4
+    # The Transformers of the preset (sharing, low rank) are the smallest.
+    parameters = [float(row[2].replace(",", "")) for row in rows[-4:]]
+    assert parameters == sorted(parameters, reverse=True)
+    assert (tmp_path / "ablations.png").stat().st_size > 10_000
