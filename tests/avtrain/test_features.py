@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from avtrain.config import DataConfig, ModelConfig
-from avtrain.data.loader import ClipDataset, collate
+from avtrain.data.loader import ClipDataset
 from avtrain.data.order import fixed_order
 from avtrain.data.shards import open_folders
 from avtrain.features import frozen_features
@@ -44,7 +44,7 @@ def test_they_are_the_models_outputs_and_the_mode_is_kept(folder, model):
     features = frozen_features(model, folder, DATA, CPU)
     assert model.training
     dataset = ClipDataset(folder, DATA, None)
-    batch = collate([dataset[place, 0] for place in fixed_order([shard.clips for shard in folder.shards])])
+    batch = dataset.__getitems__([(place, 0) for place in fixed_order([shard.clips for shard in folder.shards])])
     with torch.no_grad():
         expected = model.eval()(*batch.tensors(CPU.device))
     assert features.keys == batch.keys and features.labels == batch.labels and len(set(features.keys)) == 7
