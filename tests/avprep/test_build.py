@@ -194,7 +194,7 @@ def test_changed_files_and_spec_are_built_anew(small_demo, avprep, undisturbed, 
     raw = tmp_path / "raw"
     shutil.copytree(small_demo, raw)
     assert _build(avprep, raw, tmp_path / "out", 2).returncode == 0
-    next(iter((raw / "train" / "spin").iterdir())).unlink()
+    next(iter((raw / "train" / "turn").iterdir())).unlink()
     done = _build(avprep, raw, tmp_path / "out", 2)
     assert "9 files found" in done.stdout and len(_samples(tmp_path / "out/demo/train")) == 9
     done = _build(avprep, raw, tmp_path / "out", 2, "--short-side", 48, "--limit", 2)

@@ -1,19 +1,39 @@
 """What is held in memory does not grow with the number of epochs."""
 
-import gc
+import json
 import statistics
+import subprocess
+import sys
 
 import psutil
 import pytest
 
+EPOCHS, MOST_GROWTH_MIB = 10, 6
+# In a process of its own: the tests' own process holds what other tests have left. A clip is 0.5 MiB of pixels and as
+# much of log-mel: who keeps one an epoch has grown by more than the limit at the end. Pages that processes share count
+# once (pss: each its part). Workers are caught at any point of their work, hence the median over an epoch.
+EPOCHS_OF_A_FOLDER = """
+import gc, json, statistics, sys
+import psutil
 from avtrain.config import DataConfig
 from avtrain.data.loader import ClipDataset, batches
 from avtrain.data.order import batches_of, epoch_order
 from avtrain.data.shards import open_folders
 
-EPOCHS, MOST_GROWTH_MIB = 10, 6
-# A clip is 0.5 MiB of pixels and as much of log-mel: who keeps one an epoch has grown by more than that at the end.
-CONFIG = DataConfig(segment_frames=4, crop=56, scale=(64, 80))
+location, workers, epochs = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+folder = open_folders([location])
+dataset = ClipDataset(folder, DataConfig(segment_frames=4, crop=56, scale=(64, 80)), 0)
+process, sizes_mib, clips = psutil.Process(), [], 0
+for epoch in range(epochs):
+    order = epoch_order([shard.clips for shard in folder.shards], 0, epoch, 8)
+    seen_mib = []
+    for batch in batches(dataset, batches_of(order, 2), epoch, workers):
+        clips += len(batch.keys)
+        gc.collect()
+        seen_mib.append(sum(one.memory_full_info().pss for one in [process, *process.children()]) / 2**20)
+    sizes_mib.append(statistics.median(seen_mib))
+print(json.dumps([clips, folder.clips, sizes_mib]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -21,28 +41,16 @@ def folder(small_demo, avprep, tmp_path_factory):
     out = tmp_path_factory.mktemp("shards")
     done = avprep("build", "--dataset", "demo", "--raw", small_demo, "--out", out, "--shard-mb", 1.5)
     assert done.returncode == 0, done.stderr
-    return open_folders([str(out / "demo" / "train")])
-
-
-def _resident_mib():
-    """Of this process and the workers it has. Pages that they share count once: pss, each process its part (Linux)."""
-    gc.collect()
-    process = psutil.Process()
-    return sum(one.memory_full_info().pss for one in [process, *process.children()]) / 2**20
+    return out / "demo" / "train"
 
 
 @pytest.mark.skipif(not psutil.LINUX, reason="only Linux tells how memory is shared")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_memory_is_flat_over_ten_epochs(folder, workers):
-    dataset = ClipDataset(folder, CONFIG, 0)
-    sizes_mib, clips = [], 0
-    for epoch in range(EPOCHS):
-        order = epoch_order([shard.clips for shard in folder.shards], 0, epoch, 8)
-        seen_mib = []
-        for batch in batches(dataset, batches_of(order, 2), epoch, workers):
-            clips += len(batch.keys)
-            seen_mib.append(_resident_mib())
-        sizes_mib.append(statistics.median(seen_mib))  # workers are caught at any point of their work
-    assert clips == EPOCHS * folder.clips
+    done = subprocess.run([sys.executable, "-c", EPOCHS_OF_A_FOLDER, str(folder), str(workers), str(EPOCHS)],
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    clips, clips_of_an_epoch, sizes_mib = json.loads(done.stdout)
+    assert clips == EPOCHS * clips_of_an_epoch
     # What is loaded and remembered at first, the first two epochs have seen.
     assert statistics.median(sizes_mib[-3:]) - max(sizes_mib[:2]) < MOST_GROWTH_MIB, [round(size) for size in sizes_mib]
