@@ -47,11 +47,11 @@ bench: $(READY)  ## run the benchmarks
 
 demo-report: $(READY)  ## pretrain on the demo with three seeds (half an hour) and print what was learned
 	$(BIN)/avprep build --dataset demo --split all --out $(SHARDS) --workers $(WORKERS)
-	$(BIN)/python -m benchmarks.demo_report --shards $(SHARDS)/demo
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.demo_report --shards $(SHARDS)/demo
 
 ablations: $(READY)  ## pretrain on the demo over fusion, negatives, sharing: a table and a plot (half an hour)
 	$(BIN)/avprep build --dataset demo --split all --out $(SHARDS) --workers $(WORKERS)
-	$(BIN)/python -m benchmarks.ablations --shards $(SHARDS)/demo
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.ablations --shards $(SHARDS)/demo
 
 clean:  ## remove .venv and caches (shards and data stay)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

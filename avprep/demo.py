@@ -25,7 +25,7 @@ from avprep.executors import run_local
 from avprep.media import ffmpeg_path
 from avprep.progress import progress
 
-COUNTS = {"train": 300, "test": 100}
+COUNTS = {"train": 240, "test": 100}
 _CLIP_S, _CUT_S = 30.0, 2.0
 _FPS, _WIDTH, _HEIGHT, _SAMPLE_RATE_HZ = 16, 96, 72, 44_100
 _BEAT_S = (0.9, 2.0)  # mean length of a beat, constant within a clip
