@@ -1,9 +1,9 @@
 """The demo dataset: short videos of eight classes, told apart only by what moves how and what is heard.
 
-A class is a way of moving and a way of sounding, locked to one beat whose tempo is the clip's own. Everything else
-(colours, background, places, sizes, pitch, timbre, loudness, noise) is drawn anew at every cut, every two seconds, so
-neither mean colour nor loudness tells the class, and a clip can't be recognised by its looks. As in the world, what is
-small sounds high: within a scene, picture and sound also go together by size and pitch.
+A class is a way of moving and a way of sounding, locked to one beat whose tempo is the clip's own. As in the world,
+what is small sounds high: size and pitch are the clip's own too, and vary a little from scene to scene. Everything else
+(colours, background, places, timbre, loudness, noise) is drawn anew at every cut, every two seconds, so neither mean
+colour nor loudness tells the class, and a clip can't be recognised by its looks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from avprep.executors import run_local
 from avprep.media import ffmpeg_path
 from avprep.progress import progress
 
-COUNTS = {"train": 240, "test": 100}
+COUNTS = {"train": 300, "test": 100}
 _CLIP_S, _CUT_S = 30.0, 2.0
 _FPS, _WIDTH, _HEIGHT, _SAMPLE_RATE_HZ = 16, 96, 72, 44_100
 _BEAT_S = (0.9, 2.0)  # mean length of a beat, constant within a clip
@@ -120,7 +120,8 @@ class _Score:
     def __init__(self, rng: Generator) -> None:
         lengths_s = rng.uniform(*_BEAT_S) * rng.uniform(0.85, 1.2, size=64)
         self._starts_s = np.concatenate([[0.0], np.cumsum(lengths_s)]) - lengths_s[0] * rng.uniform()
-        self.sizes = rng.uniform(size=int(_CLIP_S / _CUT_S))  # of each scene, 0 small and high to 1 large and low
+        # Of each scene, from 0, small and high, to 1, large and low.
+        self.sizes = (rng.uniform() + rng.uniform(-0.12, 0.12, size=int(_CLIP_S / _CUT_S))).clip(0, 1)
 
     def beat(self, times_s: NDArray[np.float64]) -> Floats:
         """Position within the beat, in [0, 1), at each time."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avprep.errors import AvprepError, Reason, SourceFailed
-from avprep.spec import ClipSpec
+from avprep.spec import REFERENCE_STEP, ClipSpec
 
 # Files come from strangers: no network or device behind a playlist, no picture that eats the memory.
 _SAFE_INPUT = {"protocol_whitelist": "file", "max_pixels": 8192 * 8192}
@@ -172,9 +172,11 @@ def _scaled(pictures: ffmpeg.nodes.FilterableStream, spec: ClipSpec) -> ffmpeg.n
 
 
 def _h264(spec: ClipSpec) -> dict[str, object]:
-    """Encoder options: a closed group of pictures a segment, one thread (the same bytes on any machine)."""
+    """Encoder options: a segment is a closed group of pictures with evenly spaced references; one thread, which gives
+    the same bytes on any machine."""
     return {"vcodec": "libx264", "preset": "veryfast", "crf": spec.crf, "pix_fmt": "yuv420p", "frames:v": spec.frames,
             "g": spec.segment_frames, "keyint_min": spec.segment_frames, "sc_threshold": 0, "threads:v": 1,
+            "bf": REFERENCE_STEP - 1, "b_strategy": 0, "x264-params": "b-pyramid=none",
             "map_metadata": -1, "map_chapters": -1, "fflags": "+bitexact", "flags:v": "+bitexact+cgop", "format": "mp4"}
 
 

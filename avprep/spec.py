@@ -10,6 +10,10 @@ from avprep.errors import AvprepError
 FORMAT = "avprep-shards"
 FORMAT_VERSION = 1
 
+# Of a segment's frames, every fourth is one that others are predicted from (and the last): a reader that wants no more
+# than those has the decoder leave out the rest.
+REFERENCE_STEP = 4
+
 # Fewer samples than this and a segment no longer holds `mel_frames` frames at its own hop.
 _SHORTEST_SEGMENT_SAMPLES = 16_384
 
@@ -73,4 +77,5 @@ class ClipSpec:
 
     def to_json(self) -> dict[str, Any]:
         """The settings and what follows from them, as they stand in `index.json` and in every sample."""
-        return {**asdict(self), "hop_samples": self.hop_samples, "window_samples": 2 * self.hop_samples}
+        return {**asdict(self), "hop_samples": self.hop_samples, "window_samples": 2 * self.hop_samples,
+                "reference_step": REFERENCE_STEP}

@@ -32,8 +32,8 @@ class Batches(Protocol):
     def __len__(self) -> int:
         """Batches of an epoch."""
 
-    def epoch(self, number: int, first: int) -> Iterator[Any]:
-        """The batches of an epoch from the `first` on, the same every time."""
+    def starting_at(self, epoch: int, batch: int) -> Iterator[Any]:
+        """The batches from that one on, over the epochs and without end, the same every time."""
 
 
 # (batch) -> (loss, figures to log); called with gradients on, inside autocast.
@@ -128,13 +128,12 @@ class Run:
                 self.save()
 
     def _supply(self, batches: Batches) -> Iterator[Any]:
-        """All batches from the position on, over the epochs; moves the position as they are taken."""
-        while True:
-            for batch in batches.epoch(self.position.epoch, self.position.batch):
-                self.position.batch += 1
-                if self.position.batch == len(batches):
-                    self.position.epoch, self.position.batch = self.position.epoch + 1, 0
-                yield batch
+        """All batches from the position on; moves the position as they are taken."""
+        for batch in batches.starting_at(self.position.epoch, self.position.batch):
+            self.position.batch += 1
+            if self.position.batch == len(batches):
+                self.position.epoch, self.position.batch = self.position.epoch + 1, 0
+            yield batch
 
     def _accumulate(self, step: Step, supply: Iterator[Any],
                     autocast: Callable[[], Any]) -> tuple[dict[str, float], float, int]:

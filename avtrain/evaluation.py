@@ -9,7 +9,7 @@ from torch import Tensor
 
 from avtrain.config import Config
 from avtrain.data.loader import ClipDataset, batches
-from avtrain.data.order import batches_of, epoch_order
+from avtrain.data.order import at_epoch, batches_of, epoch_order
 from avtrain.data.shards import ShardFolder
 from avtrain.models.avbert import AVBert
 from avtrain.objectives import AUDIO, VISUAL, MaskedPass, Objectives
@@ -48,7 +48,7 @@ class HeldOut:
         sums: dict[str, float] = defaultdict(float)
         counts: dict[str, int] = defaultdict(int)
         passes: list[MaskedPass] = []
-        for batch in batches(self._dataset, self._places, 0, self._workers):
+        for batch in batches(self._dataset, at_epoch(self._places, 0), self._workers):
             with self._runtime.autocast():
                 inputs = batch.tensors(self._runtime.device)
                 result = objectives(model, *inputs, generator)

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from avtrain.config import DataConfig
 from avtrain.data.loader import Batch, ClipDataset, UnreadableCount, batches
-from avtrain.data.order import batches_of, fixed_order
+from avtrain.data.order import at_epoch, batches_of, fixed_order
 from avtrain.data.shards import ShardFolder
-from avtrain.data.views import ViewDataset, ViewItem, view_batches
+from avtrain.data.views import ViewDataset, ViewItem, collate_rows
 from avtrain.files import written_whole
 from avtrain.models.avbert import AVBert
 from avtrain.progress import bar_options
@@ -76,7 +76,7 @@ def frozen_features(model: AVBert, folder: ShardFolder, config: DataConfig, runt
 
     def compute() -> Features:
         places = batches_of(fixed_order([shard.clips for shard in folder.shards]), _CLIPS_AT_ONCE)
-        supply = batches(ClipDataset(folder, config, None), places, 0, config.workers)
+        supply = batches(ClipDataset(folder, config, None), at_epoch(places, 0), config.workers)
         bar = tqdm(supply, "features", len(places), unit="batch", **bar_options())
         return _extract(model, bar, runtime, folder.clips)
 
@@ -102,7 +102,8 @@ def view_features(model: AVBert, dataset: ViewDataset, runtime: Runtime, cache: 
     def compute() -> Features:
         places = batches_of(fixed_order([shard.clips for shard in folder.shards]),
                             max(1, _SEGMENTS_AT_ONCE // (views.clips * views.crops)))
-        supply = view_batches(dataset, [[ViewItem(place) for place in batch] for batch in places], 0, config.workers)
+        supply = batches(dataset, ([(ViewItem(place), 0) for place in batch] for batch in places), config.workers,
+                         collate_rows)
         bar = tqdm(supply, "features", len(places), unit="batch", **bar_options())
         features = _extract(model, bar, runtime, folder.clips, tokens=False)
         return dataclasses.replace(features, **{

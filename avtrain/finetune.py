@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from avtrain.checkpoint import save_model
 from avtrain.config import Config, DataConfig, TrainingConfig
-from avtrain.data.loader import Batch, UnreadableCount
+from avtrain.data.loader import Batch, UnreadableCount, batches
+from avtrain.data.order import at_epoch
 from avtrain.data.shards import ShardFolder
-from avtrain.data.views import ListedClip, ViewDataset, ViewItem, Views, view_batches
+from avtrain.data.views import ListedClip, ViewDataset, ViewItem, Views, collate_rows
 from avtrain.engine import Run
 from avtrain.files import written_whole
 from avtrain.models.avbert import AVBert
@@ -88,14 +89,19 @@ class _Epochs:
     def __len__(self) -> int:
         return len(self._items) // self._size
 
-    def epoch(self, number: int, first: int) -> Iterator[Batch]:
-        """The epoch's batches from the `first` on."""
-        order = np.random.default_rng([self._seed, number]).permutation(len(self._items))
-        places = [[self._items[index] for index in order[batch * self._size:(batch + 1) * self._size]]
-                  for batch in range(first, len(self))]
-        for batch in view_batches(self._dataset, places, number, self._dataset.config.workers):
-            self._unreadable.add(batch.unreadable)
-            yield batch
+    def starting_at(self, epoch: int, batch: int) -> Iterator[Batch]:
+        """The batches from there on, over the epochs, without end."""
+        items = self._items_from(epoch, batch)
+        for one in batches(self._dataset, items, self._dataset.config.workers, collate_rows):
+            self._unreadable.add(one.unreadable)
+            yield one
+
+    def _items_from(self, epoch: int, batch: int) -> Iterator[list[tuple[ViewItem, int]]]:
+        while True:
+            order = np.random.default_rng([self._seed, epoch]).permutation(len(self._items))
+            for first in range(batch * self._size, len(self) * self._size, self._size):
+                yield [(self._items[index], epoch) for index in order[first:first + self._size]]
+            epoch, batch = epoch + 1, 0
 
 
 def fixed_views(protocol: Protocol, modality: str) -> Views:
@@ -212,7 +218,7 @@ def predict(classifier: Classifier, folder: ShardFolder, clips: list[ListedClip]
     sums, unreadable = ScoreSums(clips, len(folder.classes)), UnreadableCount(folder.clips)
     size = max(1, _TEST_SEGMENTS[modality] // (views.clips * views.crops))
     items = [[ViewItem(clip.place) for clip in clips[first:first + size]] for first in range(0, len(clips), size)]
-    supply = view_batches(ViewDataset(folder, data, views, None), items, 0, data.workers)
+    supply = batches(ViewDataset(folder, data, views, None), at_epoch(items, 0), data.workers, collate_rows)
     for batch in tqdm(supply, "test", len(items), unit="batch", leave=False, **bar_options()):
         unreadable.add(batch.unreadable)
         with runtime.autocast():

@@ -103,11 +103,13 @@ class Objectives(nn.Module):
                 parts[part] = torch.stack(values).sum().detach()
                 loss = loss + getattr(config, part) * torch.stack(values).sum()
         if config.pair > 0 and hasattr(self, "pair"):
-            logits_of_pairs, right = self.pair_logits(seen, generator)
-            if len(right):
-                pair = F.binary_cross_entropy_with_logits(logits_of_pairs, right.float())
+            if bool(seen.both.any()):
+                logits_of_pairs = self.pair_logits(seen)
+                right = seen.right[:, None].expand_as(logits_of_pairs)
+                losses_of_pairs = F.binary_cross_entropy_with_logits(logits_of_pairs, right.float(), reduction="none")
+                pair = _mean_over_times(losses_of_pairs, seen.both)
                 parts["pair"] = pair.detach()
-                parts["pair_accuracy"] = ((logits_of_pairs > 0) == right).float().mean()
+                parts["pair_accuracy"] = _mean_over_times(((logits_of_pairs > 0) == right).float(), seen.both)
                 loss = loss + config.pair * pair
         return ObjectiveResult(loss, parts)
 
@@ -155,18 +157,18 @@ class Objectives(nn.Module):
         with torch.autocast(outputs.device.type, enabled=False):
             return torch.einsum("nd,nkd->nk", prediction.float(), projected.float()[candidates])
 
-    def pair_logits(self, seen: MaskedPass, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The pair classifier at one random time of each clip in which picture and sound are both there.
+    def pair_logits(self, seen: MaskedPass) -> Tensor:
+        """The pair classifier at every time.
+
+        The paper takes one random time of each clip. The mean over all times is what that is on average, and a batch
+        says fifteen times as much.
 
         Returns:
-            (clips,) float32 logits, positive for "same video"; (clips,) boolean, whether it is. Other clips are out.
+            (batch, segments) float32 logits, positive for "same video"; `seen.both` tells which count.
         """
         assert seen.tokens.multimodal_tokens is not None
-        usable = seen.both.any(1)
-        draw = torch.rand(seen.both.shape, generator=generator).to(seen.both.device)
-        time = draw.masked_fill(~seen.both, -1).argmax(1)
-        logits = self.pair(seen.tokens.multimodal_tokens)[..., 0].gather(1, time[:, None]).squeeze(1)
-        return logits[usable].float(), seen.right[usable]
+        logits: Tensor = self.pair(seen.tokens.multimodal_tokens)[..., 0].float()
+        return logits
 
 
 class Predictor(nn.Module):
@@ -232,6 +234,12 @@ def wrong_sounds(eligible: Tensor, generator: torch.Generator) -> Tensor:
 def _index_among(some: Tensor, all_of: Tensor) -> Tensor:
     """Where the positions of mask `some` stand in the list of those of `all_of`, which holds them."""
     return (all_of.flatten().cumsum(0) - 1)[some.flatten()]
+
+
+def _mean_over_times(values: Tensor, counts: Tensor) -> Tensor:
+    """(batch, segments) -> the mean over clips of their means over the times that count; clips without one are out."""
+    times = counts.sum(1)
+    return (torch.where(counts, values, 0).sum(1) / times.clamp(min=1))[times > 0].mean()
 
 
 def _nce(logits: Tensor) -> Tensor:

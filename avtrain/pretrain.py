@@ -12,7 +12,7 @@ from torch import Tensor
 from avtrain.checkpoint import save_model
 from avtrain.config import Config, config_from, config_to
 from avtrain.data.loader import Batch, ClipDataset, UnreadableCount, batches
-from avtrain.data.order import batches_of, epoch_order
+from avtrain.data.order import ClipPlace, at_epoch, batches_of, epoch_order
 from avtrain.data.shards import ShardFolder, open_folders
 from avtrain.engine import Run
 from avtrain.errors import AvtrainError
@@ -38,12 +38,17 @@ class EpochBatches:
     def __len__(self) -> int:
         return -(-sum(self._clips) // self._size)
 
-    def epoch(self, number: int, first: int) -> Iterator[Batch]:
-        """The epoch's batches from the `first` on."""
-        order = epoch_order(self._clips, self._config.training.seed, number, self._config.data.shards_at_once)
-        for batch in batches(self._dataset, batches_of(order, self._size)[first:], number, self._config.data.workers):
-            self._unreadable.add(batch.unreadable)
-            yield batch
+    def starting_at(self, epoch: int, batch: int) -> Iterator[Batch]:
+        """The batches from there on, over the epochs, without end."""
+        for one in batches(self._dataset, self._places_from(epoch, batch), self._config.data.workers):
+            self._unreadable.add(one.unreadable)
+            yield one
+
+    def _places_from(self, epoch: int, batch: int) -> Iterator[list[tuple[ClipPlace, int]]]:
+        while True:
+            order = epoch_order(self._clips, self._config.training.seed, epoch, self._config.data.shards_at_once)
+            yield from at_epoch(batches_of(order, self._size)[batch:], epoch)
+            epoch, batch = epoch + 1, 0
 
 
 def pretrain(config: Config, train: list[str], test: list[str], out: Path, runtime: Runtime, resume: bool = False,
@@ -73,7 +78,7 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     if resume:
         run.resume()
     else:
-        first = next(supply.epoch(0, 0)).tensors(runtime.device)
+        first = next(supply.starting_at(0, 0)).tensors(runtime.device)
         model.standardize(*(tensor[:_START_CLIPS] for tensor in first))
         with written_whole(out / _CONFIG) as temporary:
             temporary.write_text(json.dumps(config_to(config), indent=1) + "\n", encoding="utf-8")

@@ -29,20 +29,22 @@ class Planes:
     bt709: bool
 
 
-def decode_frames(mp4: bytes, step: int, first: int = 0, last: int | None = None) -> Planes:
+def decode_frames(mp4: bytes, step: int, first: int = 0, last: int | None = None, references: bool = False) -> Planes:
     """Every `step`-th frame of [first, last), by one thread and without conversion.
 
-    Decoding starts at the keyframe before `first`.
+    Decoding starts at the keyframe before `first`. With `references`, these frames are known to be among those that
+    others are predicted from, and the others are not decoded.
 
     Raises:
         ClipUnreadable: the bytes are no video, or hold no such frame.
     """
-    parts = list(decode_parts(mp4, _FRAMES_AT_ONCE, step, first, last))
+    parts = list(decode_parts(mp4, _FRAMES_AT_ONCE, step, first, last, references))
     return Planes(np.concatenate([part.luma for part in parts]), np.concatenate([part.chroma for part in parts]),
                   parts[0].bt709)
 
 
-def decode_parts(mp4: bytes, size: int, step: int, first: int = 0, last: int | None = None) -> Iterator[Planes]:
+def decode_parts(mp4: bytes, size: int, step: int, first: int = 0, last: int | None = None,
+                 references: bool = False) -> Iterator[Planes]:
     """What `decode_frames` gives, `size` frames at a time, the last ones maybe fewer.
 
     30 s at once are 25 MB, which take longer to get from the system than to fill.
@@ -55,6 +57,8 @@ def decode_parts(mp4: bytes, size: int, step: int, first: int = 0, last: int | N
         with av.open(io.BytesIO(mp4), "r") as container:
             stream = container.streams.video[0]
             stream.thread_type = "NONE"
+            if references:
+                stream.codec_context.skip_frame = "NONREF"
             assert stream.average_rate is not None and stream.time_base is not None
             ticks_per_frame = float(1 / (stream.average_rate * stream.time_base))
             if first:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +88,7 @@ class ClipDataset(Dataset[Any]):
 
     def __init__(self, folder: ShardFolder, config: DataConfig, seed: int | None) -> None:
         self._step = check_spec(folder, config)
+        self._references = self._step % folder.spec.get("reference_step", self._step + 1) == 0
         self._folder, self._config, self._seed = folder, config, seed
         self._reader: ShardReader | None = None
 
@@ -150,7 +151,8 @@ class ClipDataset(Dataset[Any]):
         if mp4 is None or whole <= 0:
             visual.zero_()
             return present
-        parts = decode_parts(mp4, config.segment_frames, self._step, first * length, (first + whole) * length)
+        parts = decode_parts(mp4, config.segment_frames, self._step, first * length, (first + whole) * length,
+                             self._references)
         filled = 0
         for filled, planes in zip(range(1, whole + 1), parts, strict=False):
             segment, rgb = visual[filled - 1], pixels(planes, view, config.crop).transpose(0, 1)
@@ -187,10 +189,18 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def batches(dataset: ClipDataset, places: Sequence[Sequence[ClipPlace]], epoch: int, workers: int) -> Iterator[Batch]:
-    """The batches of these places in order, made ahead by worker processes (0: in this one)."""
+def batches(dataset: Dataset[Any], items: Iterable[list[tuple[Any, int]]], workers: int,
+            collate: Callable[[Any], Batch] = _as_it_is) -> Iterator[Batch]:
+    """The batches in order, made ahead by worker processes (0: in this one).
+
+    Args:
+        dataset: of clips or of views.
+        items: for every batch what the dataset is asked for: (place or item, epoch). They may go on without end.
+        workers: processes.
+        collate: makes a batch of what the dataset gives.
+    """
     loader = DataLoader(
-        dataset, batch_sampler=[[(place, epoch) for place in batch] for batch in places], collate_fn=_as_it_is,
+        dataset, batch_sampler=items, collate_fn=collate,
         num_workers=workers, prefetch_factor=2 if workers else None,
         worker_init_fn=_one_thread if workers else None,
         # Its own, though nothing here draws from it: a loader would else take a number from the global generator

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -13,6 +13,9 @@ class ClipPlace(NamedTuple):
 
     shard: int
     position: int
+
+
+Place = TypeVar("Place")
 
 
 def epoch_order(clips_of_shards: Sequence[int], seed: int, epoch: int, shards_at_once: int) -> list[ClipPlace]:
@@ -34,6 +37,12 @@ def epoch_order(clips_of_shards: Sequence[int], seed: int, epoch: int, shards_at
 def fixed_order(clips_of_shards: Sequence[int]) -> list[ClipPlace]:
     """Every clip once, as the shards have them: for evaluation."""
     return [ClipPlace(shard, position) for shard, clips in enumerate(clips_of_shards) for position in range(clips)]
+
+
+def at_epoch(batches: Iterable[Sequence[Place]], epoch: int) -> Iterator[list[tuple[Place, int]]]:
+    """Every place with the epoch that it is seen in."""
+    for batch in batches:
+        yield [(place, epoch) for place in batch]
 
 
 def batches_of(order: Sequence[ClipPlace], batch_size: int, rank: int = 0, ranks: int = 1) -> list[list[ClipPlace]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from avtrain.config import DataConfig
 from avtrain.data.augment import View, masked_log_mel, pixels, random_view
@@ -220,16 +220,3 @@ def collate_rows(items: Sequence[_Rows | str]) -> Batch:
                  [item.labels for item in good for _ in item.visual], [item.key for item in good for _ in item.visual],
                  unreadable)
 
-
-def view_batches(dataset: ViewDataset, items: Sequence[Sequence[ViewItem]], epoch: int,
-                 workers: int) -> Iterator[Batch]:
-    """The batches of these items in order, made ahead by worker processes (0: in this one)."""
-    loader = DataLoader(
-        dataset, batch_sampler=[[(item, epoch) for item in batch] for batch in items], collate_fn=collate_rows,
-        num_workers=workers, prefetch_factor=2 if workers else None, worker_init_fn=_one_thread if workers else None,
-        generator=torch.Generator())  # its own: see `avtrain.data.loader.batches`
-    yield from loader
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)

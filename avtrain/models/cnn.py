@@ -227,7 +227,7 @@ def stage2d(inputs: int, inner: int, count: int, split: bool) -> nn.Sequential:
 
 def normalized(pixels: Tensor) -> Tensor:
     """uint8 pixels to floats of about zero mean and unit deviation; floats have been normalised before."""
-    return (pixels / 255 - 0.45) / 0.225 if pixels.dtype == torch.uint8 else pixels
+    return pixels.float().div_(255).sub_(0.45).div_(0.225) if pixels.dtype == torch.uint8 else pixels
 
 
 def channels_last(module: nn.Module) -> None:

@@ -17,7 +17,7 @@ from avtrain.config import DataConfig
 from avtrain.data.augment import View, masked_log_mel, pixels
 from avtrain.data.decode import decode_frames
 from avtrain.data.loader import ClipDataset, UnreadableCount, batches, check_spec
-from avtrain.data.order import batches_of, epoch_order, fixed_order
+from avtrain.data.order import at_epoch, batches_of, epoch_order, fixed_order
 from avtrain.data.shards import ShardReader, open_folders
 from avtrain.errors import AvtrainError
 
@@ -47,7 +47,7 @@ def mixed(media, avprep, tmp_path_factory):
 
 
 def _all(folder, places, workers, epoch=0, seed=0):
-    return list(batches(ClipDataset(folder, TINY, seed), places, epoch, workers))
+    return list(batches(ClipDataset(folder, TINY, seed), at_epoch(places, epoch), workers))
 
 
 @pytest.mark.parametrize("shards", [[5], [1] * 7, [400, 3, 0, 1, 250], [7] * 40])
@@ -100,6 +100,10 @@ def test_pixels_are_pyavs(folders):
     assert torch.equal(flipped, ours.flip(-1))
     part = decode_frames(mp4, 4, 64, 96)
     assert np.array_equal(part.luma, planes.luma[64:96:4]) and np.array_equal(part.chroma, planes.chroma[64:96:4])
+    assert folder.spec["reference_step"] == 4
+    for step in (4, 8):  # what nothing is predicted from need not be decoded
+        part = decode_frames(mp4, step, 32, 480, references=True)
+        assert np.array_equal(part.luma, planes.luma[32::step]) and np.array_equal(part.chroma, planes.chroma[32::step])
 
 
 def test_log_mel_segments_are_slices(folders):

@@ -11,7 +11,7 @@ import torch
 
 from avtrain.config import read_config
 from avtrain.data.loader import ClipDataset, batches
-from avtrain.data.order import fixed_order
+from avtrain.data.order import at_epoch, fixed_order
 from avtrain.data.shards import open_folders
 from avtrain.engine import Run
 from avtrain.models.avbert import AVBert
@@ -45,7 +45,7 @@ def test_steps_on_two_real_clips_lower_the_loss(media, avprep, tmp_path, capsys)
     assert config.model.segments_at_once  # activation checkpointing
     folder = open_folders([str(tmp_path / "folder" / "train")])
     places = fixed_order([shard.clips for shard in folder.shards])
-    [batch] = batches(ClipDataset(folder, config.data, 0), [places], 0, 0)
+    [batch] = batches(ClipDataset(folder, config.data, 0), at_epoch([places], 0), 0)
     assert len(batch.keys) == 2 and batch.visual_present.sum() > 4
     runtime = choose_runtime("cpu", "auto")
     generator = seed_everything(0)

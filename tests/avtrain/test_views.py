@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from avtrain.config import DataConfig
+from avtrain.data.loader import batches
 from avtrain.data.shards import ShardReader, open_folders
-from avtrain.data.views import ViewDataset, ViewItem, Views, list_clips, start_frames, view_batches
+from avtrain.data.views import ViewDataset, ViewItem, Views, collate_rows, list_clips, start_frames
 
 DATA = DataConfig(segment_frames=32, crop=32, scale=(48, 64), workers=0)
 
@@ -95,8 +96,8 @@ def test_what_is_left_out_or_lacking_is_absent(folder):
     silent = _rows(folder, short, Views("both", 4))
     assert silent.visual_present.all() and not silent.audio_present.any() and not silent.audio.any()
     assert torch.equal(silent.visual[0, 0, :, 20], silent.visual[0, 0, :, 31])  # the last frame is held
-    batch = next(view_batches(ViewDataset(folder, DATA, Views("both", 4), None),
-                              [[ViewItem(wide.place), ViewItem(short.place)]], 0, 0))
+    batch = next(batches(ViewDataset(folder, DATA, Views("both", 4), None),
+                         [[(ViewItem(wide.place), 0), (ViewItem(short.place), 0)]], 0, collate_rows))
     assert batch.visual.shape[0] == 8 and batch.keys == [wide.key] * 4 + [short.key] * 4
 
 
