@@ -1,7 +1,7 @@
 """The demo dataset: short videos of eight classes, told apart only by what moves how and what is heard.
 
 A class is a way of moving and a way of sounding, locked to one beat whose tempo is the clip's own. As in the world,
-what is small sounds high: size and pitch are the clip's own too, and vary a little from scene to scene. Everything else
+what is small sounds high: size and pitch go together, half of them the clip's own, half the scene's. Everything else
 (colours, background, places, timbre, loudness, noise) is drawn anew at every cut, every two seconds, so neither mean
 colour nor loudness tells the class, and a clip can't be recognised by its looks.
 """
@@ -121,7 +121,7 @@ class _Score:
         lengths_s = rng.uniform(*_BEAT_S) * rng.uniform(0.85, 1.2, size=64)
         self._starts_s = np.concatenate([[0.0], np.cumsum(lengths_s)]) - lengths_s[0] * rng.uniform()
         # Of each scene, from 0, small and high, to 1, large and low.
-        self.sizes = (rng.uniform() + rng.uniform(-0.12, 0.12, size=int(_CLIP_S / _CUT_S))).clip(0, 1)
+        self.sizes = 0.5 * rng.uniform() + 0.5 * rng.uniform(size=int(_CLIP_S / _CUT_S))
 
     def beat(self, times_s: NDArray[np.float64]) -> Floats:
         """Position within the beat, in [0, 1), at each time."""
@@ -144,7 +144,7 @@ def _scene_pictures(pose: _Pose, count: int, size: float, rng: Generator) -> NDA
     side = np.float32(rng.choice([-1.0, 1.0]))  # sideways and turning motions begin either way
     moved = _Pose(**{**by_frame, "x": side * by_frame["x"], "angle": side * by_frame["angle"]})
     for _ in range(_SHAPES):
-        _draw_shape(frames, x, y, moved, np.float32(0.10 + 0.10 * size), rng)
+        _draw_shape(frames, x, y, moved, np.float32(0.06 + 0.16 * size), rng)
     # One field of noise, shifted from frame to frame, costs a fraction of fresh noise.
     noise = rng.uniform(1, 4) * rng.standard_normal((2 * _HEIGHT, 2 * _WIDTH, 1), np.float32)
     for frame, down, across in zip(frames, rng.integers(_HEIGHT, size=count), rng.integers(_WIDTH, size=count),
@@ -181,7 +181,7 @@ def _sound(name: str, score: _Score, rng: Generator) -> Floats:
     octaves, amplitude = _SOUNDS[name](score.beat(coarse_s))
     scene = np.minimum(coarse_s // _CUT_S, _CLIP_S / _CUT_S - 1).astype(int)
     scenes = scene[-1] + 1
-    high = 1 - score.sizes + rng.uniform(-0.1, 0.1, size=scenes)
+    high = 1 - score.sizes + rng.uniform(-0.05, 0.05, size=scenes)
     pitch_hz = 200 * 2 ** (2.6 * high)[scene] * 2**octaves
     brightness = rng.uniform(0.3, 0.9, size=scenes)[scene]
     loudness = 10 ** rng.uniform(-1.2, -0.5, size=scenes)[scene] * amplitude

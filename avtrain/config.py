@@ -139,11 +139,14 @@ class ObjectivesConfig:
     """Weight of masked prediction in the multimodal Transformer."""
     pair: float = 1.0
     """Weight of correct pair prediction: alpha in the paper."""
+    draws: int = 1
+    """Times that masks, wrong pairs and negatives are drawn for a batch; the CNNs run once."""
 
     def __post_init__(self) -> None:
         _check_choice("objectives.sampling", self.sampling, SAMPLINGS)
         _check(0 < self.mask_rate < 1, "objectives.mask_rate", self.mask_rate, "between 0 and 1")
-        _check(self.negatives >= 1, "objectives.negatives", self.negatives, "at least 1")
+        for name in ("negatives", "draws"):
+            _check(getattr(self, name) >= 1, f"objectives.{name}", getattr(self, name), "at least 1")
         _check(0 < self.keep_percent <= 100, "objectives.keep_percent", self.keep_percent, "above 0, at most 100")
         for name in ("mep_visual", "mep_audio", "mep_multimodal", "pair"):
             _check(getattr(self, name) >= 0, f"objectives.{name}", getattr(self, name), "at least 0")

@@ -50,9 +50,9 @@ class HeldOut:
         passes: list[MaskedPass] = []
         for batch in batches(self._dataset, at_epoch(self._places, 0), self._workers):
             with self._runtime.autocast():
-                inputs = batch.tensors(self._runtime.device)
-                result = objectives(model, *inputs, generator)
-                passes.append(objectives.masked_pass(model, *inputs, generator, wrong_pairs=False))
+                embedded = model.embed(*batch.tensors(self._runtime.device))
+                result = objectives(model, embedded, generator)
+                passes.append(objectives.masked_pass(model, embedded, generator, wrong_pairs=False))
             for name, value in {"loss": result.loss, **result.parts}.items():
                 sums[name] += float(value) * len(batch.keys)
                 counts[name] += len(batch.keys)

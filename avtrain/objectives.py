@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avtrain.config import ModelConfig, ObjectivesConfig
-from avtrain.models.avbert import AVBert, Tokens
+from avtrain.models.avbert import AVBert, LocalEmbeddings, Tokens
 from avtrain.models.heads import SequenceHead
 from avtrain.negatives import sample_negatives
 
 VISUAL, AUDIO = 0, 1
 _START_SCALE = 0.2
+
+Embedded = tuple[LocalEmbeddings, Tensor, Tensor]  # what `AVBert.embed` returns
 
 
 class ObjectiveResult(NamedTuple):
@@ -68,18 +70,25 @@ class Objectives(nn.Module):
         if model.fusion != "late":
             self.pair = SequenceHead(model.dimension, 1, model.dropout)
 
-    def forward(self, model: AVBert, visual: Tensor | None, audio: Tensor | None, visual_present: Tensor | None,
-                audio_present: Tensor | None, generator: torch.Generator) -> ObjectiveResult:
-        """The loss of a batch.
+    def forward(self, model: AVBert, embedded: Embedded, generator: torch.Generator) -> ObjectiveResult:
+        """The loss of a batch, and its parts: means over `draws` draws of all that is random.
+
+        A Transformer's pass costs little beside the CNNs', so several draws say more about a batch at little more cost.
 
         Args:
             model: its CNNs learn too: the targets are their own outputs.
-            visual, audio, visual_present, audio_present: as `AVBert.forward` takes them.
+            embedded: what `model.embed` made of the batch.
             generator: on the CPU; decides masks, wrong pairs, negatives.
         """
+        results = [self._one_draw(model, embedded, generator) for _ in range(self.config.draws)]
+        names = dict.fromkeys(name for result in results for name in result.parts)
+        parts = {name: torch.stack([result.parts[name] for result in results if name in result.parts]).mean()
+                 for name in names}
+        return ObjectiveResult(torch.stack([result.loss for result in results]).mean(), parts)
+
+    def _one_draw(self, model: AVBert, embedded: Embedded, generator: torch.Generator) -> ObjectiveResult:
         config = self.config
-        seen = self.masked_pass(model, visual, audio, visual_present, audio_present, generator,
-                                wrong_pairs=config.pair > 0 and hasattr(self, "pair"))
+        seen = self.masked_pass(model, embedded, generator, wrong_pairs=config.pair > 0 and hasattr(self, "pair"))
         parts: dict[str, Tensor] = {}
         losses: dict[str, list[Tensor]] = {"mep_visual": [], "mep_audio": [], "mep_multimodal": []}
         loss = self.mask.sum() * 0  # a batch with nothing to predict still has a gradient: zero
@@ -113,14 +122,14 @@ class Objectives(nn.Module):
                 loss = loss + config.pair * pair
         return ObjectiveResult(loss, parts)
 
-    def masked_pass(self, model: AVBert, visual: Tensor | None, audio: Tensor | None, visual_present: Tensor | None,
-                    audio_present: Tensor | None, generator: torch.Generator, wrong_pairs: bool) -> MaskedPass:
-        """Embed, mask, give half of the clips another clip's sound (if `wrong_pairs`), and run the Transformers.
+    def masked_pass(self, model: AVBert, embedded: Embedded, generator: torch.Generator,
+                    wrong_pairs: bool) -> MaskedPass:
+        """Mask, give half of the clips another clip's sound (if `wrong_pairs`), and run the Transformers.
 
         Masks are alike in right and wrong pairs, so that they don't tell which is which.
         """
-        embedded, seen, heard = model.embed(visual, audio, visual_present, audio_present)
-        local, present = [embedded.visual_local, embedded.audio_local], [seen, heard]
+        embeddings, seen, heard = embedded
+        local, present = [embeddings.visual_local, embeddings.audio_local], [seen, heard]
         masks = [masked_positions(there, self.config.mask_rate, generator) for there in present]
         shown = [torch.where(mask[..., None], self.mask[modality].to(values.dtype), values)
                  for modality, (mask, values) in enumerate(zip(masks, local, strict=True))]
@@ -130,7 +139,7 @@ class Objectives(nn.Module):
         right = sound_of == torch.arange(len(seen), device=seen.device)
         tokens = model.contextualize(shown[VISUAL], shown[AUDIO][sound_of], seen, heard[sound_of])
         predicted = [mask & right[:, None] for mask in masks]
-        return MaskedPass([embedded.visual_pooled, embedded.audio_pooled], local, present, predicted, tokens,
+        return MaskedPass([embeddings.visual_pooled, embeddings.audio_pooled], local, present, predicted, tokens,
                           seen & heard[sound_of], right)
 
     def scores(self, seen: MaskedPass, predictor: str, embeddings: Tensor, candidates: Tensor) -> Tensor:

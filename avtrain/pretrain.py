@@ -84,7 +84,7 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
             temporary.write_text(json.dumps(config_to(config), indent=1) + "\n", encoding="utf-8")
 
     def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        result = objectives(model, *batch.tensors(runtime.device), generator)
+        result = objectives(model, model.embed(*batch.tensors(runtime.device)), generator)
         return result.loss, {name: float(value) for name, value in result.parts.items()}
 
     def evaluate() -> dict[str, float]:

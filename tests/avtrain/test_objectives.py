@@ -138,7 +138,7 @@ def test_half_of_the_clips_get_anothers_sound():
 @pytest.mark.parametrize("fusion", ["early", "mid", "late"])
 def test_loss_at_initialisation_is_chance(fusion):
     model, objectives, inputs = _setup(fusion, batch=8)
-    parts = objectives(model, *inputs, _generator()).parts
+    parts = objectives(model, model.embed(*inputs), _generator()).parts
     chance = math.log(9)
     for name, times in (("mep_visual", 1), ("mep_audio", 1), ("mep_multimodal", 2)):
         if name in parts:
@@ -150,7 +150,8 @@ def test_loss_at_initialisation_is_chance(fusion):
     if fusion != "late":
         nn.init.zeros_(objectives.pair.projection.weight)
         nn.init.zeros_(objectives.pair.projection.bias)
-        assert float(objectives(model, *inputs, _generator()).parts["pair"]) == pytest.approx(math.log(2), rel=1e-5)
+        parts = objectives(model, model.embed(*inputs), _generator()).parts
+        assert float(parts["pair"]) == pytest.approx(math.log(2), rel=1e-5)
 
 
 def test_masked_loss_is_that_of_a_plain_float64_loop():
@@ -161,10 +162,10 @@ def test_masked_loss_is_that_of_a_plain_float64_loop():
         nn.init.normal_(predictor.projection.weight)  # scores far from chance
     inputs[0], inputs[1] = (inputs[0] / 255 - 0.45) / 0.225, inputs[1].double()
     inputs[0] = inputs[0].double()
-    parts = objectives(model, *inputs, _generator(3)).parts
+    parts = objectives(model, model.embed(*inputs), _generator(3)).parts
     model.requires_grad_(False)
     objectives.requires_grad_(False)
-    seen = objectives.masked_pass(model, *inputs, _generator(3), wrong_pairs=False)
+    seen = objectives.masked_pass(model, model.embed(*inputs), _generator(3), wrong_pairs=False)
     for modality, name in ((0, "visual"), (1, "audio")):
         everything = seen.local[modality].flatten(0, 1)
         losses = {name: [], f"multimodal_{name}": []}
@@ -185,7 +186,7 @@ def test_masked_loss_is_that_of_a_plain_float64_loop():
 def test_a_wrong_pair_contributes_nothing_to_the_masked_loss():
     model, objectives, inputs = _setup(negatives=4)
     model.eval()
-    seen = objectives.masked_pass(model, *inputs, _generator(), wrong_pairs=True)
+    seen = objectives.masked_pass(model, model.embed(*inputs), _generator(), wrong_pairs=True)
     assert (~seen.right).sum() == 3
     for predicted in seen.predicted:
         assert not predicted[~seen.right].any() and predicted[seen.right].any()
@@ -200,17 +201,52 @@ def test_a_wrong_pair_contributes_nothing_to_the_masked_loss():
         assert (tensor.grad[~seen.right] == 0).all() and (tensor.grad[seen.right] != 0).any()
 
 
+def test_pairs_are_judged_at_every_time_that_is_seen_and_heard():
+    model, objectives, inputs = _setup()
+    model.eval()
+    inputs[2][0, 3:] = inputs[3][1, :2] = inputs[3][2] = False
+    embedded = model.embed(*inputs)
+    parts = objectives(model, embedded, _generator()).parts
+    seen = objectives.masked_pass(model, embedded, _generator(), wrong_pairs=True)
+    logits = objectives.pair(seen.tokens.multimodal_tokens)[..., 0].tolist()
+    losses, hits = [], []
+    for clip, right in enumerate(seen.right.tolist()):
+        times = [time for time in range(5) if bool(seen.both[clip, time])]
+        assert (not times) == (clip == 2)  # silent, and silence is nobody's sound
+        if times:
+            chances = [1 / (1 + math.exp(-logits[clip][time])) for time in times]
+            losses.append(-sum(math.log(chance if right else 1 - chance) for chance in chances) / len(times))
+            hits.append(sum((chance > 0.5) == right for chance in chances) / len(times))
+    assert float(parts["pair"]) == pytest.approx(sum(losses) / 5, rel=1e-5)
+    assert float(parts["pair_accuracy"]) == pytest.approx(sum(hits) / 5, rel=1e-5)
+
+
+def test_several_draws_are_their_mean():
+    model, objectives, inputs = _setup(draws=3)
+    model.eval()
+    embedded, generator = model.embed(*inputs), _generator()
+    single = Objectives(model.config, ObjectivesConfig(negatives=8, mask_rate=0.3))
+    single.load_state_dict(objectives.state_dict())
+    single.eval()
+    each = [single(model, embedded, generator) for _ in range(3)]
+    assert len({float(result.loss.detach()) for result in each}) == 3
+    together = objectives(model, embedded, _generator())
+    assert float(together.loss.detach()) == pytest.approx(sum(float(result.loss.detach()) for result in each) / 3, rel=1e-6)
+    for name, value in together.parts.items():
+        assert float(value) == pytest.approx(sum(float(result.parts[name]) for result in each) / 3, rel=1e-5)
+
+
 def test_absent_segments_are_neither_predicted_nor_negatives():
     model, objectives, inputs = _setup()
     model.eval()
     inputs[2][0] = False  # a clip without pictures
     inputs[3][1] = False  # one without sound
     inputs[2][2, 2:] = inputs[3][2, 2:] = False  # a short one
-    first = objectives(model, *inputs, _generator())
+    first = objectives(model, model.embed(*inputs), _generator())
     inputs[0][0] = 0
     inputs[0][2, 2:] = 255
     inputs[1][1] = 1e4
-    again = objectives(model, *inputs, _generator())
+    again = objectives(model, model.embed(*inputs), _generator())
     assert torch.equal(first.loss, again.loss) and torch.isfinite(first.loss)
 
 
@@ -222,7 +258,7 @@ def test_what_is_not_there_costs_nothing(case):
               "one clip": [tensor[:1] for tensor in inputs],
               "nothing to predict": [visual[:, :1], audio[:, :1], seen[:, :1], heard[:, :1]]}[case]
     model.eval()
-    result = objectives(model, *inputs, _generator())
+    result = objectives(model, model.embed(*inputs), _generator())
     result.loss.backward()
     assert torch.isfinite(result.loss)
     gradients = [parameter.grad for parameter in [*model.parameters(), *objectives.parameters()]
@@ -238,7 +274,7 @@ def test_what_is_not_there_costs_nothing(case):
 def test_same_generator_same_result_and_cnns_learn():
     model, objectives, inputs = _setup()
     model.eval()
-    one, two, other = (objectives(model, *inputs, _generator(seed)) for seed in (0, 0, 1))
+    one, two, other = (objectives(model, model.embed(*inputs), _generator(seed)) for seed in (0, 0, 1))
     assert torch.equal(one.loss, two.loss) and not torch.equal(one.loss, other.loss)
     one.loss.backward()
     for network in (model.visual_cnn, model.audio_cnn):
@@ -248,7 +284,7 @@ def test_same_generator_same_result_and_cnns_learn():
 def test_weights_switch_parts_off():
     model, objectives, inputs = _setup(mep_visual=0.0, mep_audio=0.0, pair=0.0)
     model.eval()
-    result = objectives(model, *inputs, _generator())
+    result = objectives(model, model.embed(*inputs), _generator())
     assert "pair" not in result.parts
     assert float(result.loss.detach()) == pytest.approx(float(result.parts["mep_multimodal"]))
 
@@ -256,9 +292,9 @@ def test_weights_switch_parts_off():
 def test_bfloat16_is_finite_and_close():
     model, objectives, inputs = _setup()
     model.eval()
-    exact = objectives(model, *inputs, _generator()).loss
+    exact = objectives(model, model.embed(*inputs), _generator()).loss
     with torch.autocast("cpu", torch.bfloat16):
-        rough = objectives(model, *inputs, _generator()).loss
+        rough = objectives(model, model.embed(*inputs), _generator()).loss
     assert rough.dtype == torch.float32
     assert float(rough.detach()) == pytest.approx(float(exact.detach()), rel=0.05)
 
@@ -268,7 +304,7 @@ def test_a_few_steps_lower_the_loss():
     optimizer = torch.optim.Adam([*model.parameters(), *objectives.parameters()], lr=3e-3)
     losses = []
     for step in range(40):
-        loss = objectives(model, *inputs, _generator(step % 2)).loss
+        loss = objectives(model, model.embed(*inputs), _generator(step % 2)).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

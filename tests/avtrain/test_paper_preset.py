@@ -54,7 +54,7 @@ def test_steps_on_two_real_clips_lower_the_loss(media, avprep, tmp_path, capsys)
 
     def step(batch):
         torch.manual_seed(0)  # the same dropout and, below, the same masks: what is left is learning
-        result = objectives(model, *batch.tensors(runtime.device), torch.Generator().manual_seed(0))
+        result = objectives(model, model.embed(*batch.tensors(runtime.device)), torch.Generator().manual_seed(0))
         return result.loss, {name: float(value) for name, value in result.parts.items()}
 
     began = time.monotonic()
