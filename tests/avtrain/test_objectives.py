@@ -231,7 +231,8 @@ def test_several_draws_are_their_mean():
     each = [single(model, embedded, generator) for _ in range(3)]
     assert len({float(result.loss.detach()) for result in each}) == 3
     together = objectives(model, embedded, _generator())
-    assert float(together.loss.detach()) == pytest.approx(sum(float(result.loss.detach()) for result in each) / 3, rel=1e-6)
+    mean = sum(float(result.loss.detach()) for result in each) / 3
+    assert float(together.loss.detach()) == pytest.approx(mean, rel=1e-6)
     for name, value in together.parts.items():
         assert float(value) == pytest.approx(sum(float(result.parts[name]) for result in each) / 3, rel=1e-5)
 
