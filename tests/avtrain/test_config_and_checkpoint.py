@@ -37,11 +37,11 @@ def test_paper_preset_is_the_default_but_for_memory() -> None:
 
 
 def test_overrides() -> None:
-    config = read_config("tiny", ["model.rank=none", "model.fusion=late", "model.dropout=0", "data.crop=44",
+    config = read_config("tiny", ["model.rank=none", "model.fusion=late", "model.dropout=0", "data.crop=36",
                                   "model.visual_blocks=[2, 2]", "model.share_layers=false"])
     model = config.model
     assert (model.rank, model.fusion, model.dropout, config.data.crop, model.visual_blocks, model.share_layers) == (
-        None, "late", 0.0, 44, (2, 2), False)
+        None, "late", 0.0, 36, (2, 2), False)
 
 
 @pytest.mark.parametrize(("override", "message"), [
@@ -99,7 +99,7 @@ def test_export_equals_eager(checkpoint: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     program = torch.export.load(tmp_path / "model.pt2").module()
     torch.manual_seed(3)
-    visual, audio = torch.randn(3, 15, 3, 8, 40, 40), torch.randn(3, 15, 1, 80, 128)
+    visual, audio = torch.randn(3, 15, 3, 8, 32, 32), torch.randn(3, 15, 1, 80, 128)
     with torch.no_grad():
         expected, actual = load_model(checkpoint)(visual, audio)._asdict(), program(visual, audio)
     assert actual.keys() == expected.keys()
