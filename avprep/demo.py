@@ -65,10 +65,10 @@ _SOUNDS: dict[str, Callable[[Floats], tuple[Floats, Floats]]] = {
     "sink": lambda u: (-0.8 * (u - 0.5), np.ones_like(u)),
     "grow": lambda u: (np.zeros_like(u), np.power(10, 1.2 * (u - 1))),
     "shrink": lambda u: (np.zeros_like(u), np.power(10, -1.2 * u)),
-    "turn": lambda u: (0.25 * np.sin(8 * np.pi * u), np.ones_like(u)),
+    "turn": lambda u: (0.2 * np.sin(6 * np.pi * u), np.ones_like(u)),
     "sway": lambda u: (0.4 * np.sin(2 * np.pi * u), np.ones_like(u)),
     "bob": lambda u: (np.where(u < 0.5, 0.25, -0.25), np.ones_like(u)),
-    "blink": lambda u: (np.zeros_like(u), (u < 0.5).astype(np.float32)),
+    "blink": lambda u: (np.zeros_like(u), np.power(10, 0.6 * (np.sin(2 * np.pi * u) - 1))),
 }
 
 CLASSES = tuple(sorted(_MOTIONS))

@@ -23,6 +23,7 @@ PRESET_FOLDER = Path(__file__).parent / "presets"
 VISUAL_NETWORKS = ("slow50", "slowfast50")
 FUSIONS = ("early", "mid", "late")
 SAMPLINGS = ("similar", "dissimilar", "random")
+MODALITIES = ("visual", "audio", "both")
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ class ModelConfig:
 class DataConfig:
     """What one training clip looks like."""
 
+    modality: str = "both"
+    """visual, audio or both: what else the shards hold is left out."""
     segments: int = 15
     """Segments of a clip."""
     segment_frames: int = 32
@@ -110,6 +113,7 @@ class DataConfig:
     """Processes that make batches; 0: none beside the training's own."""
 
     def __post_init__(self) -> None:
+        _check_choice("data.modality", self.modality, MODALITIES)
         for name in ("segments", "segment_frames", "crop", "mels", "mel_frames", "shards_at_once"):
             _check(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "at least 1")
         _check(len(self.scale) == 2 and self.crop <= self.scale[0] <= self.scale[1], "data.scale", self.scale,

@@ -58,13 +58,16 @@ class HeldOut:
                 counts[name] += len(batch.keys)
         figures = {f"test_{name}": sums[name] / counts[name] for name in sums}
         for predictor in objectives.predictors:
-            figures[f"test_masked_top1_{predictor}"] = self._masked_top1(objectives, passes, predictor, generator)
+            top1 = self._masked_top1(objectives, passes, predictor, generator)
+            if top1 is not None:
+                figures[f"test_masked_top1_{predictor}"] = top1
         model.train(was_training)
         objectives.train(was_training)
         return figures
 
     def _masked_top1(self, objectives: Objectives, passes: list[MaskedPass], predictor: str,
-                     generator: torch.Generator) -> float:
+                     generator: torch.Generator) -> float | None:
+        """None where there is nothing to predict."""
         modality = VISUAL if predictor.endswith("visual") else AUDIO
         pool = torch.cat([seen.local[modality][seen.present[modality]] for seen in passes])
         hits = positions = before = 0
@@ -79,7 +82,7 @@ class HeldOut:
                     scores = objectives.scores(seen, predictor, pool, candidates)
                 hits += int((scores[:, :1] > scores[:, 1:]).all(1).sum())
                 positions += len(true)
-        return hits / max(1, positions)
+        return hits / positions if positions else None
 
 
 def random_others(true: Tensor, size: int, count: int, generator: torch.Generator) -> Tensor:

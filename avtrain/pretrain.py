@@ -70,9 +70,9 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     generator = seed_everything(config.training.seed)
     model = AVBert(config.model).to(runtime.device)
     objectives = Objectives(config.model, config.objectives).to(runtime.device)
-    train_folder = open_folders(train)
+    train_folder = open_folders(train, labelled=False)
     supply = EpochBatches(train_folder, config)
-    held_out = HeldOut(open_folders(test), config, runtime) if test else None
+    held_out = HeldOut(open_folders(test, labelled=False), config, runtime) if test else None
     run = Run(out, {"model": model, "objectives": objectives}, config.training, generator,
               lambda folder: save_model(folder / "model.safetensors", model, config))
     if resume:

@@ -114,9 +114,9 @@ class ClipDataset(Dataset[Any]):
 
     def _room(self, clips: int) -> Tensor:
         config = self._config
+        side = config.crop if config.modality != "audio" else 0
         # numpy asks for large memory pages, torch does not: filling a new array takes half the time.
-        return torch.from_numpy(np.empty((clips, config.segments, 3, config.segment_frames, config.crop, config.crop),
-                                         np.uint8))
+        return torch.from_numpy(np.empty((clips, config.segments, 3, config.segment_frames, side, side), np.uint8))
 
     def _item(self, at: tuple[ClipPlace, int], visual: Tensor) -> _Clip | str:
         """The clip, its pixels written into `visual`; or a line that says why it could not be decoded."""
@@ -132,11 +132,17 @@ class ClipDataset(Dataset[Any]):
     def _clip(self, key: str, members: dict[str, bytes], visual: Tensor, random: np.random.Generator | None) -> _Clip:
         config, spec = self._config, self._folder.spec
         info = json.loads(members["json"])
-        there = max(info["frames"] // spec["segment_frames"], info["mel_frames"] // spec["mel_frames"], 1)
+        frames = info["frames"] if config.modality != "audio" else 0
+        mel_frames = info["mel_frames"] if config.modality != "visual" else 0
+        there = max(frames // spec["segment_frames"], mel_frames // spec["mel_frames"], 1)
         count = min(there, config.segments)
         first = int(random.integers(there - count + 1)) if random is not None else 0
-        visual_present = self._visual(members.get("mp4"), info["frames"], first, count, visual, random)
-        audio, audio_present = self._audio(members.get("logmel.npy"), first, count, random)
+        visual_present = self._visual(members.get("mp4"), frames, first, count, visual, random)
+        first_mel = first * config.mel_frames
+        if random is not None and not frames:  # sound alone is not bound to the pictures' segments
+            first_mel = int(random.integers(max(0, mel_frames - count * config.mel_frames) + 1))
+        log_mel = members.get("logmel.npy") if mel_frames else None
+        audio, audio_present = self._audio(log_mel, first_mel, count, random)
         return _Clip(key, visual, audio, visual_present, audio_present, info["labels"])
 
     def _visual(self, mp4: bytes | None, frames: int, first: int, count: int, visual: Tensor,
@@ -148,7 +154,7 @@ class ClipDataset(Dataset[Any]):
         present = torch.zeros(config.segments, dtype=torch.bool)
         # A video shorter than a segment still gives one: its last frame is held.
         whole = min(count, max(frames // length - first, int(first == 0)))
-        if mp4 is None or whole <= 0:
+        if mp4 is None or not frames or whole <= 0:
             visual.zero_()
             return present
         parts = decode_parts(mp4, config.segment_frames, self._step, first * length, (first + whole) * length,
@@ -164,12 +170,13 @@ class ClipDataset(Dataset[Any]):
 
     def _audio(self, log_mel: bytes | None, first: int, count: int,
                random: np.random.Generator | None) -> tuple[Tensor, Tensor]:
+        """(segments, 1, mels, frames) from frame `first` of the log-mel on, and which segments are there."""
         config = self._config
         audio = torch.zeros(config.segments, 1, config.mels, config.mel_frames)
         present = torch.zeros(config.segments, dtype=torch.bool)
         if log_mel is None:
             return audio, present
-        spectrogram = decode_log_mel(log_mel)[:, first * config.mel_frames:].astype(np.float32)
+        spectrogram = decode_log_mel(log_mel)[:, first:].astype(np.float32)
         whole = min(count, max(spectrogram.shape[1] // config.mel_frames, int(first == 0)))
         if whole <= 0:
             return audio, present

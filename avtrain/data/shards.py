@@ -34,7 +34,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardFolder:
-    """One or several indexes of the same spec and classes, as one list of shards."""
+    """One or several indexes of the same spec, as one list of shards; without classes where labels are not used."""
 
     shards: tuple[Shard, ...]
     spec: dict[str, Any]
@@ -49,11 +49,13 @@ class ShardFolder:
         return sum(shard.clips for shard in self.shards)
 
 
-def open_folders(locations: list[str]) -> ShardFolder:
+def open_folders(locations: list[str], labelled: bool = True) -> ShardFolder:
     """Read the indexes of folders of shards.
 
     Args:
         locations: folders with an `index.json`, or http(s) addresses of such folders or of the index itself.
+        labelled: whether labels will be used. If not, datasets of different classes go together, and no classes are
+            known.
 
     Raises:
         AvtrainError: a folder without an index, of an unknown format, or not of the same spec and classes as the first.
@@ -63,7 +65,7 @@ def open_folders(locations: list[str]) -> ShardFolder:
     for location in locations:
         address, index = _read_index(location)
         first = first or index
-        for what in ("spec", "classes"):
+        for what in ("spec", "classes") if labelled else ("spec",):
             if index[what] != first[what]:
                 raise AvtrainError(f"{address}: its {what} differ from that of {locations[0]}: "
                                    f"{_difference(index[what], first[what])}")
@@ -72,7 +74,8 @@ def open_folders(locations: list[str]) -> ShardFolder:
     if first is None or not shards:
         raise AvtrainError(f"no clips in {', '.join(locations) or 'an empty list of folders'}")
     fingerprint = hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()[:16]
-    return ShardFolder(tuple(shards), first["spec"], tuple(first["classes"]), first["multi_label"], fingerprint)
+    classes = tuple(first["classes"]) if labelled else ()
+    return ShardFolder(tuple(shards), first["spec"], classes, first["multi_label"], fingerprint)
 
 
 def _is_remote(location: str) -> bool:

@@ -21,7 +21,6 @@ from avtrain.data.order import ClipPlace
 from avtrain.data.shards import ShardFolder, ShardReader
 from avtrain.errors import AvtrainError
 
-MODALITIES = ("visual", "audio", "both")
 _CLIP_NUMBER = re.compile(r"-\d{4,}$")
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import tarfile
 import threading
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -114,6 +115,45 @@ def test_log_mel_segments_are_slices(folders):
     assert batch.keys == [key]
     for segment in range(15):
         assert np.array_equal(batch.audio[0, segment, 0].numpy(), stored[:, 128 * segment:128 * (segment + 1)])
+
+
+def test_one_modality_is_the_same_without_the_other(mixed):
+    folder = open_folders([str(mixed)])
+    places = [fixed_order([shard.clips for shard in folder.shards])]
+    both, sound, pictures = (
+        next(batches(ClipDataset(folder, replace(TINY, modality=modality), None), at_epoch(places, 0), 0))
+        for modality in ("both", "audio", "visual"))
+    assert torch.equal(sound.audio, both.audio) and torch.equal(sound.audio_present, both.audio_present)
+    assert torch.equal(pictures.visual, both.visual) and torch.equal(pictures.visual_present, both.visual_present)
+    assert not sound.visual_present.any() and sound.visual.numel() == 0
+    assert not pictures.audio_present.any() and not pictures.audio.any()
+    assert both.visual_present.any() and both.audio_present.any()
+
+
+def test_sound_alone_starts_anywhere_in_training(mixed):
+    """A recording of 5 s holds two segments of 2 s, and those in it are slices of it."""
+    folder = open_folders([str(mixed)])
+    reader = ShardReader(folder)
+    [position] = [position for position in range(folder.clips) if "mp4" not in reader.read(0, position)[1]]
+    stored = np.load(io.BytesIO(reader.read(0, position)[1]["logmel.npy"])).astype(np.float32)
+    dataset = ClipDataset(folder, replace(TINY, frequency_mask=0.0, time_mask=0.0), 0)
+    place, starts = fixed_order([folder.clips])[position], set()
+    assert 2 * 128 < stored.shape[1] < 3 * 128
+    for epoch in range(20):
+        clip = dataset[place, epoch]
+        assert clip.audio_present.tolist() == [True, True, *[False] * 13]
+        heard = torch.cat((clip.audio[0, 0], clip.audio[1, 0]), 1).numpy()
+        found = [start for start in range(stored.shape[1] - 255) if np.array_equal(heard, stored[:, start:start + 256])]
+        assert found
+        starts.update(found[:1])
+    assert len(starts) > 5 and max(starts) > 20
+
+
+def test_datasets_of_different_classes_go_together_where_labels_are_not_used(folders, mixed):
+    with pytest.raises(AvtrainError, match="its classes differ"):
+        open_folders([str(folders[0]), str(mixed)])
+    together = open_folders([str(folders[0]), str(mixed)], labelled=False)
+    assert together.clips == 10 + open_folders([str(mixed)]).clips and together.classes == ()
 
 
 def test_masking_hides_one_band_and_one_stretch_of_each_segment():

@@ -83,6 +83,24 @@ def test_killed_and_resumed_gives_the_same_losses_step_for_step(shards, whole, t
     assert _losses(out) == _losses(whole[0])
 
 
+def test_sound_alone_of_two_datasets(shards, avprep, ffmpeg, tmp_path):
+    for number in range(3):
+        (tmp_path / "raw" / "hum").mkdir(parents=True, exist_ok=True)
+        ffmpeg("-f", "lavfi", "-i", f"sine={300 + 200 * number}:d=5", tmp_path / "raw" / "hum" / f"{number}.wav")
+    done = avprep("build", "--dataset", "folder", "--raw", tmp_path / "raw", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "run"
+    done = _run(shards, out, "--shards", tmp_path / "folder" / "train", "--set", "data.modality=audio", "--set",
+                "training.steps=4")
+    assert done.returncode == 0, done.stderr
+    losses = _losses(out)
+    assert losses[-1]["epoch"] == 1  # 10 + 3 clips in batches of 4
+    seen = set().union(*losses)
+    assert {"mep_audio", "mep_multimodal", "top1_audio", "test_masked_top1_audio"} <= seen
+    assert not {"mep_visual", "pair", "top1_visual", "test_masked_top1_visual"} & seen
+    assert "pair accuracy" not in done.stdout and (out / "report.html").is_file()
+
+
 def test_mistakes_are_answered_in_a_line(shards, whole, tmp_path):
     for arguments, expected in (
             ((tmp_path / "nowhere", tmp_path / "run"), "nowhere/index.json"),
