@@ -5,15 +5,17 @@ WORKERS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 DATASET ?= demo
 PRESET  ?= tiny
 SHARDS  ?= shards
+ESC10   ?= data/esc10
 RUN     ?= runs/$(DATASET)-$(PRESET)
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow lint pretrain demo bench demo-report ablations clean
+.PHONY: help install test test-slow lint pretrain demo bench demo-report transfer-report esc-report \
+        ablations clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
 install: $(READY)  ## make .venv and install both packages into it
 
@@ -48,6 +50,15 @@ bench: $(READY)  ## run the benchmarks
 demo-report: $(READY)  ## pretrain on the demo with three seeds (half an hour) and print what was learned
 	$(BIN)/avprep build --dataset demo --split all --out $(SHARDS) --workers $(WORKERS)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.demo_report --shards $(SHARDS)/demo
+
+transfer-report: $(READY)  ## the demo by every protocol and modality, random start and pretrained: a table
+	$(BIN)/avprep build --dataset demo --split all --out $(SHARDS) --workers $(WORKERS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.transfer_report --shards $(SHARDS)/demo
+
+esc-report: $(READY)  ## ESC-10 from ESC10=FOLDER: pretrain on sound for each fold, transfer, print a table
+	$(BIN)/avprep build --dataset demo --split all --out $(SHARDS) --workers $(WORKERS)
+	$(BIN)/avprep build --dataset esc10 --split all --raw $(ESC10) --out $(SHARDS) --workers $(WORKERS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.esc_report --shards $(SHARDS)
 
 ablations: $(READY)  ## pretrain on the demo over fusion, negatives, sharing: a table and a plot (half an hour)
 	$(BIN)/avprep build --dataset demo --split all --out $(SHARDS) --workers $(WORKERS)

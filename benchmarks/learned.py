@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from avtrain.config import Config
 from avtrain.data.shards import open_folders
@@ -42,11 +43,19 @@ def _metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def probe(source: Source, modality: str, shards: Path, folder: Path, seed: int, runtime: Runtime) -> float:
-    """Top-1, in parts of 1, of `avtrain eval --task demo --protocol linear --recipe small`."""
-    trial = Trial("demo", "linear", protocol_for("demo", "linear", "small"), modality, seed=seed)
-    results = evaluate_task(source, trial, ["1"], shards.parent, folder / f"linear-{modality}", folder / "features",
-                            runtime, resume=(folder / f"linear-{modality}").exists())
-    return float(results["mean"]["top1"]["percent"]) / 100
+    """Top-1, in parts of 1, of a linear classifier on frozen embeddings."""
+    return float(transferred(source, "linear", modality, shards, folder, seed, runtime)["percent"]) / 100
+
+
+def transferred(source: Source, protocol: str, modality: str, shards: Path, folder: Path, seed: int,
+                runtime: Runtime) -> dict[str, Any]:
+    """Top-1 of `avtrain eval --task demo --recipe small`: "percent" and "interval_95"."""
+    trial = Trial("demo", protocol, protocol_for("demo", protocol, "small"), modality, seed=seed)
+    out = folder / f"{protocol}-{modality}"
+    results = evaluate_task(source, trial, ["1"], shards.parent, out, folder / "features", runtime,
+                            resume=(out / "settings.json").is_file())
+    top1: dict[str, Any] = results["mean"]["top1"]
+    return top1
 
 
 def recalls(checkpoint: Path, shards: Path, folder: Path, runtime: Runtime) -> tuple[float, float, float]:

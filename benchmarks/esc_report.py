@@ -1,0 +1,82 @@
+"""`make esc-report`: ESC-10's five folds from a random start, and from pretraining on sound alone: one table.
+
+For every fold a network is pretrained on the recordings of the four others and on the demo's sound. No recording of the
+fold that is tested on is ever seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from avtrain.config import Config, read_config
+from avtrain.outcome import read_predictions
+from avtrain.predictions import Figure, figures, mean_figures
+from avtrain.pretrain import pretrain
+from avtrain.runtime import Runtime, choose_runtime
+from avtrain.tasks import protocol_for
+from avtrain.transfer import Source, Trial, evaluate_task, load_source, random_source
+
+PRESET, RECIPE = "sound", "small"
+FOLDS = ("1", "2", "3", "4", "5")
+
+
+def main() -> None:
+    """Train what is not trained yet (a run that was stopped goes on), and print one table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shards", type=Path, default=Path("shards"), help="folder that holds esc10 and demo")
+    parser.add_argument("--out", type=Path, default=Path("runs/esc-report"))
+    parser.add_argument("--folds", nargs="+", default=FOLDS, choices=FOLDS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", dest="overrides", action="append", default=[], help="of the preset or transfer.*")
+    options = parser.parse_args()
+    of_transfer = [override for override in options.overrides if override.startswith("transfer.")]
+    of_preset = [override for override in options.overrides if override not in of_transfer]
+    config = read_config(PRESET, [*of_preset, f"training.seed={options.seed}"])
+    runtime = choose_runtime(None, "auto")
+    for fold in options.folds:
+        pretrained(config, fold, options.shards, options.out, runtime)
+    rows: dict[str, list[dict[str, Figure]]] = {}
+    minutes: dict[str, float] = {}
+    for name in ("linear", "finetune"):
+        trial = Trial("esc10", name, protocol_for("esc10", name, RECIPE, of_transfer), "audio", seed=options.seed)
+        for start in ("random", "pretrained"):
+            began = time.monotonic()
+            rows[f"{start}, {name}"] = [
+                transferred(random_source(PRESET, of_preset, options.seed) if start == "random"
+                            else pretrained(config, fold, options.shards, options.out, runtime),
+                            trial, fold, options.shards, options.out / start, runtime) for fold in options.folds]
+            minutes[f"{start}, {name}"] = (time.monotonic() - began) / 60
+    print("\nESC-10, top-1 in percent; the mean with its 95 % bootstrap interval over recordings.\n")
+    print("| start, protocol | " + " | ".join(f"fold {fold}" for fold in options.folds) + " | mean | minutes |")
+    print("|---" * (len(options.folds) + 3) + "|")
+    for label, of_folds in rows.items():
+        mean = mean_figures(of_folds)["top1"]
+        low, high = mean.interval()
+        print(f"| {label} | " + " | ".join(f"{fold['top1'].value:.1f}" for fold in of_folds)
+              + f" | {mean.value:.1f} ({low:.1f} to {high:.1f}) | {minutes[label]:.1f} |")
+
+
+def pretrained(config: Config, fold: str, shards: Path, out: Path, runtime: Runtime) -> Source:
+    """What was learned from the sound of the other folds and of the demo; the run is begun, gone on with, or found
+    finished."""
+    others = [str(shards / "esc10" / f"fold{other}") for other in FOLDS if other != fold]
+    folder = out / f"pretrained-without-fold{fold}"
+    run = pretrain(config, [*others, str(shards / "demo" / "train")], [], folder, runtime,
+                   resume=(folder / "checkpoints").is_dir())
+    checkpoint = run.last_checkpoint()
+    assert checkpoint is not None
+    return load_source(checkpoint / "model.safetensors")
+
+
+def transferred(source: Source, trial: Trial, fold: str, shards: Path, out: Path,
+                runtime: Runtime) -> dict[str, Figure]:
+    """`avtrain eval --task esc10 --recipe small --split FOLD`, in figures that can be averaged over folds."""
+    folder = out / f"{trial.protocol_name}-fold{fold}"
+    evaluate_task(source, trial, [fold], shards, folder, out / "features", runtime, resume=(folder / "settings.json").is_file())
+    return figures(read_predictions(folder / "predictions.jsonl"), False, trial.seed)
+
+
+if __name__ == "__main__":
+    main()
