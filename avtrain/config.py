@@ -42,6 +42,10 @@ class ModelConfig:
     """Bottleneck blocks of each of the audio CNN's stages."""
     audio_stem_stride: int = 1
     """Stride of the audio CNN's stem, in frequency and in time."""
+    log_mel_mean: float = 0.0
+    """Subtracted from the log-mel before the audio CNN; 0 as published. Values lie around -3."""
+    log_mel_deviation: float = 1.0
+    """Divides the log-mel after that; 1 as published. Values deviate by 3 or 4."""
     dimension: int = 768
     """D, the length of local embeddings and tokens."""
     layers: int = 6
@@ -72,6 +76,7 @@ class ModelConfig:
         for name in ("visual_width", "audio_width", "audio_stem_stride", "dimension", "layers", "heads", "feedforward",
                      "max_segments"):
             _check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
+        _check(self.log_mel_deviation > 0, "model.log_mel_deviation", self.log_mel_deviation, "above 0")
         for name in ("visual_blocks", "audio_blocks"):
             blocks = getattr(self, name)
             _check(bool(blocks) and min(blocks) >= 1, f"model.{name}", blocks, "one or more counts, each at least 1")
