@@ -161,8 +161,9 @@ class ClipDataset(Dataset[Any]):
                              self._references)
         filled = 0
         for filled, planes in zip(range(1, whole + 1), parts, strict=False):
-            segment, rgb = visual[filled - 1], pixels(planes, view, config.crop).transpose(0, 1)
-            segment[:, :rgb.shape[1]], segment[:, rgb.shape[1]:] = rgb, rgb[:, -1:]
+            segment, frames = visual[filled - 1], len(planes.luma)
+            pixels(planes, view, segment)
+            segment[:, frames:] = segment[:, frames - 1:frames]
         visual[filled:whole] = visual[filled - 1, :, -1:]
         visual[whole:] = 0
         present[:whole] = True

@@ -180,11 +180,9 @@ class ViewDataset(Dataset[Any]):
             if not len(planes.luma):
                 raise ClipUnreadable("its video is shorter than its .json says")
             for row, square in enumerate(squares):
-                rgb = pixels(planes, square, size)
-                lacking = config.segment_frames - len(rgb)
-                if lacking > 0:  # a video shorter than a segment: its last frame is held
-                    rgb = torch.cat((rgb, rgb[-1:].expand(lacking, -1, -1, -1)))
-                visual[row, column] = rgb.transpose(0, 1)
+                rgb, frames = visual[row, column], len(planes.luma)
+                pixels(planes, square, rgb)
+                rgb[:, frames:] = rgb[:, frames - 1:frames]  # a video shorter than a segment: its last frame is held
         return visual, torch.ones(len(starts), dtype=torch.bool)
 
     def _audio(self, log_mel: bytes | None, starts: list[int],

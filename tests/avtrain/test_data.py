@@ -13,10 +13,11 @@ import av
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from avtrain.config import DataConfig
 from avtrain.data.augment import View, masked_log_mel, pixels
-from avtrain.data.decode import decode_frames
+from avtrain.data.decode import Planes, decode_frames
 from avtrain.data.loader import ClipDataset, UnreadableCount, batches, check_spec
 from avtrain.data.order import at_epoch, batches_of, epoch_order, fixed_order
 from avtrain.data.shards import ShardReader, open_folders
@@ -49,6 +50,12 @@ def mixed(media, avprep, tmp_path_factory):
 
 def _all(folder, places, workers, epoch=0, seed=0):
     return list(batches(ClipDataset(folder, TINY, seed), at_epoch(places, epoch), workers))
+
+
+def _rgb(planes, view, crop):
+    rgb = torch.full((3, len(planes.luma), crop, crop), 99, dtype=torch.uint8)
+    pixels(planes, view, rgb)
+    return rgb
 
 
 @pytest.mark.parametrize("shards", [[5], [1] * 7, [400, 3, 0, 1, 250], [7] * 40])
@@ -93,11 +100,11 @@ def test_pixels_are_pyavs(folders):
         theirs = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     height = theirs.shape[1]
     planes = decode_frames(mp4, 1)
-    ours = pixels(planes, View(1.0, 0.0, 0.5, False), height)  # a square of full height, nothing resized but chroma
+    ours = _rgb(planes, View(1.0, 0.0, 0.5, False), height)  # a square of full height, nothing resized
     left = round((theirs.shape[2] - height) / 2)
-    difference = np.abs(ours.numpy().astype(int) - theirs[:, :, left:left + height].transpose(0, 3, 1, 2))
-    assert difference.mean() < 3 and ours.dtype == torch.uint8
-    flipped = pixels(planes, View(1.0, 0.0, 0.5, True), height)
+    difference = np.abs(ours.numpy().astype(int) - theirs[:, :, left:left + height].transpose(3, 0, 1, 2))
+    assert difference.mean() < 1.5 and difference.max() <= 4
+    flipped = _rgb(planes, View(1.0, 0.0, 0.5, True), height)
     assert torch.equal(flipped, ours.flip(-1))
     part = decode_frames(mp4, 4, 64, 96)
     assert np.array_equal(part.luma, planes.luma[64:96:4]) and np.array_equal(part.chroma, planes.chroma[64:96:4])
@@ -105,6 +112,51 @@ def test_pixels_are_pyavs(folders):
     for step in (4, 8):  # what nothing is predicted from need not be decoded
         part = decode_frames(mp4, step, 32, 480, references=True)
         assert np.array_equal(part.luma, planes.luma[32::step]) and np.array_equal(part.chroma, planes.chroma[32::step])
+
+
+@pytest.mark.parametrize("bt709", [False, True])
+@pytest.mark.parametrize("frames", [1, 6, 19])
+def test_every_colour_is_the_standards_and_nearly_swscales(bt709, frames):
+    random, height, width = np.random.default_rng(frames), 48, 64
+    luma = random.integers(0, 256, (frames, height, width), dtype=np.uint8)
+    chroma = random.integers(0, 256, (frames, 2, height // 2, width // 2), dtype=np.uint8)
+    ours = _rgb(Planes(luma, chroma, bt709), View(1.0, 0.0, 0.0, False), height).numpy()
+    y = (luma[:, :, :height] - 16.0) / 219
+    u, v = np.moveaxis(chroma.repeat(2, 2).repeat(2, 3)[..., :height] - 128.0, 1, 0) / 112
+    of_red, of_blue = (0.2126, 0.0722) if bt709 else (0.299, 0.114)  # the standards' weights of luma
+    red, blue = y + (1 - of_red) * v, y + (1 - of_blue) * u
+    green = (y - of_red * red - of_blue * blue) / (1 - of_red - of_blue)
+    np.testing.assert_allclose(ours, (np.stack((red, green, blue)) * 255).clip(0, 255), atol=0.51)
+    space = "ITU709" if bt709 else "ITU601"
+    theirs = np.stack([av.VideoFrame.from_ndarray(
+        np.concatenate((one.ravel(), other.ravel())).reshape(-1, width), "yuv420p").reformat(
+            format="rgb24", src_colorspace=space, dst_colorspace=space, src_color_range="MPEG",
+            dst_color_range="JPEG").to_ndarray() for one, other in zip(luma, chroma, strict=True)])
+    assert np.abs(ours.astype(int) - theirs[:, :, :height].transpose(3, 0, 1, 2)).max() <= 4
+
+
+@pytest.mark.parametrize("crop", [32, 79, 80, 112, 129])  # with chroma as fine as the pixels, and half as fine
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_view_is_the_square_of_pyavs_frames_resized(mixed, crop, flip):
+    folder = open_folders([str(mixed)])
+    clips = (ShardReader(folder).read(*place) for place in fixed_order([shard.clips for shard in folder.shards]))
+    mp4 = next(members["mp4"] for key, members in clips if key.startswith("bigbuckbunny"))
+    with av.open(io.BytesIO(mp4)) as container:
+        theirs = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)][:21])
+    height, width = theirs.shape[1:3]
+    side, top, left = 112, 24, 60
+    view = View(side / height, top / (height - side), left / (width - side), flip)
+    square = torch.from_numpy(theirs[:, top:top + side, left:left + side].transpose(3, 0, 1, 2).astype(np.float32))
+    expected = F.interpolate(square, (crop, crop), mode="bilinear", antialias=True)
+    planes = decode_frames(mp4, 1, 0, 21)
+    ours = _rgb(planes, view, crop)
+    difference = ((ours.flip(-1) if flip else ours) - expected).abs()
+    assert difference.mean() < 2 and difference.mean((0, 2, 3)).max() < 2.5
+    one = Planes(planes.luma[20:], planes.chroma[20:], planes.bt709)
+    assert torch.equal(_rgb(one, view, crop)[:, 0], ours[:, 20])
+    longer = torch.full((3, 24, crop, crop), 99, dtype=torch.uint8)
+    pixels(planes, view, longer)
+    assert torch.equal(longer[:, :21], ours) and (longer[:, 21:] == 99).all()
 
 
 def test_log_mel_segments_are_slices(folders):
