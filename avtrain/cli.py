@@ -59,7 +59,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--preset", default="paper", help="tiny, small, paper, or a .toml file.")
+@click.option("--preset", default="paper", help="tiny, small, sound, paper, or a .toml file.")
 @click.option("--fusion", type=click.Choice(["early", "mid", "late"]), help="Instead of the preset's.")
 @click.option("--share", type=click.Choice(list(_SHARING)),
               help="Instead of the preset's: weights across layers, Transformers, both, or both with low rank.")
@@ -123,7 +123,7 @@ def _count(config: Config) -> dict[str, int]:
               help="Folder of a dataset or a split, or its http(s) address; may be repeated.")
 @click.option("--test-shards", multiple=True,
               help="Held-out folders.  [default: SHARDS/test or SHARDS/val where it is]")
-@click.option("--preset", default="tiny", help="tiny, small, paper, or a .toml file.")
+@click.option("--preset", default="tiny", help="tiny, small, sound, paper, or a .toml file.")
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE", help="Any setting; may be repeated.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/pretrain"),
               help="Folder of the run: checkpoints, metrics.jsonl, TensorBoard events.")
@@ -179,7 +179,7 @@ def _split_of(location: str, split: str) -> str | None:
                                            "or all: those whose shards are there.")
 @click.option("--checkpoint", type=_FILE, help="Of ours (.safetensors) or of the authors' release (.pyth).")
 @click.option("--init", type=click.Choice(["random"]), help="Instead of a checkpoint: a network at its random start.")
-@click.option("--preset", default="paper", help="The network of --init random: tiny, small, paper, or a .toml file.")
+@click.option("--preset", default="paper", help="Of --init random's network: tiny, small, sound, paper, or a .toml file.")
 @click.option("--protocol", type=click.Choice(["finetune", "linear", "knn"]),
               help="[default: the published one of the task]")
 @click.option("--recipe", type=click.Choice(["published", "small"]), default="published",

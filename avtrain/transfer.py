@@ -107,7 +107,7 @@ def random_source(preset: str, overrides: Iterable[str], seed: int) -> Source:
     """A network at its random start.
 
     Args:
-        preset: tiny, small, paper, or a .toml file.
+        preset: tiny, small, sound, paper, or a .toml file.
         overrides: `model.field=value` or `data.field=value`.
         seed: of its weights.
     """

@@ -52,7 +52,7 @@ def encoder_rows() -> list[Row]:
 
 
 def whole_model_row() -> Row:
-    """Forward and backward of one clip of 2 segments."""
+    """Forward and backward of one clip of 2 segments, with no gradient left over from before, as in training."""
     torch.manual_seed(0)
     model, contiguous = AVBert(ModelConfig()), AVBert(ModelConfig())
     for cnn in (contiguous.visual_cnn, contiguous.audio_cnn):
@@ -60,6 +60,7 @@ def whole_model_row() -> Row:
     visual, audio = torch.randn(1, 2, 3, 32, 112, 112), torch.randn(1, 2, 1, 80, 128)
 
     def step(which: AVBert, bfloat16: bool) -> None:
+        which.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             output = which(visual, audio)
         output.multimodal_tokens.float().square().mean().backward()

@@ -26,7 +26,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "tiny.safetensors"
 
 
-@pytest.mark.parametrize("preset", ["tiny", "small", "paper"])
+@pytest.mark.parametrize("preset", ["tiny", "small", "sound", "paper"])
 def test_presets_survive_a_round_trip(preset: str) -> None:
     config = read_config(preset)
     assert config_from(config_to(config), "here") == config

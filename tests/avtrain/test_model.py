@@ -11,6 +11,7 @@ from torch import Tensor
 from avtrain.config import ModelConfig, read_config
 from avtrain.models.avbert import AVBert, AVBertOutput
 from avtrain.models.cnn import Conv2d, Conv3d
+from avtrain.models.transformer import attention
 
 SEGMENTS = 3
 
@@ -192,6 +193,33 @@ def test_bfloat16_gradients_of_the_visual_network(visual: str, frames: int, side
         gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.dim() == 5])
     for exact, rounded in zip(*gradients, strict=True):
         assert (exact - rounded).norm() < 0.3 * exact.norm()  # rounding adds up to a tenth; garbage is 0.7 and more
+
+
+def test_log_mels_are_brought_to_zero_mean() -> None:
+    plain, shifted = small(), small(log_mel_mean=-3.0, log_mel_deviation=4.0)
+    _, audio = clips(2)
+    expected, found = plain(None, audio), shifted(None, audio * 4 - 3)
+    assert torch.allclose(found.audio_pooled, expected.audio_pooled, atol=1e-4)
+    assert not torch.allclose(shifted(None, audio).audio_pooled, expected.audio_pooled, atol=1e-1)
+
+
+@pytest.mark.parametrize("present", ["xxxxxxxx", "xxxxx..."])
+def test_attention_under_autocast_is_the_formulas(present: str) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 2, 8, 4, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    attend = mask(present, present)[:, None, None]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = attention(query, key, value, attend, 0.0)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
+    scores = (exact[0] @ exact[1].mT / 2).masked_fill(~attend, -torch.inf)
+    expected = scores.softmax(-1) @ exact[2]
+    gradient = torch.randn_like(expected)
+    mixed.backward(gradient.to(mixed.dtype))
+    expected.backward(gradient)
+    assert (mixed.double() - expected).abs().max() < 0.01
+    for ours, theirs in zip((query, key, value), exact, strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        assert (ours.grad.double() - theirs.grad).norm() < 0.01 * theirs.grad.norm()
 
 
 def test_activation_checkpointing_changes_nothing() -> None:
