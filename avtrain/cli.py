@@ -179,7 +179,7 @@ def _split_of(location: str, split: str) -> str | None:
                                            "or all: those whose shards are there.")
 @click.option("--checkpoint", type=_FILE, help="Of ours (.safetensors) or of the authors' release (.pyth).")
 @click.option("--init", type=click.Choice(["random"]), help="Instead of a checkpoint: a network at its random start.")
-@click.option("--preset", default="paper", help="Of --init random's network: tiny, small, sound, paper, or a .toml file.")
+@click.option("--preset", default="paper", help="Network of --init random: tiny, small, sound, paper, or a .toml.")
 @click.option("--protocol", type=click.Choice(["finetune", "linear", "knn"]),
               help="[default: the published one of the task]")
 @click.option("--recipe", type=click.Choice(["published", "small"]), default="published",

@@ -74,7 +74,8 @@ def transferred(source: Source, trial: Trial, fold: str, shards: Path, out: Path
                 runtime: Runtime) -> dict[str, Figure]:
     """`avtrain eval --task esc10 --recipe small --split FOLD`, in figures that can be averaged over folds."""
     folder = out / f"{trial.protocol_name}-fold{fold}"
-    evaluate_task(source, trial, [fold], shards, folder, out / "features", runtime, resume=(folder / "settings.json").is_file())
+    resume = (folder / "settings.json").is_file()
+    evaluate_task(source, trial, [fold], shards, folder, out / "features", runtime, resume)
     return figures(read_predictions(folder / "predictions.jsonl"), False, trial.seed)
 
 
