@@ -21,13 +21,14 @@ def main() -> None:
     parser.add_argument("--shards", type=Path, default=Path("shards/demo"))
     parser.add_argument("--out", type=Path, default=Path("runs/demo-report/seed-0"))
     parser.add_argument("--steps", type=int, help="of pretraining, instead of the preset's")
+    parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=PROTOCOLS)
     options = parser.parse_args()
     runtime = choose_runtime(None, "auto")
     settings = [f"training.steps={options.steps}"] if options.steps else []
     config = read_config(PRESET, settings)
     checkpoint = trained(config, options.shards, options.out, runtime)
     lines = []
-    for protocol in PROTOCOLS:
+    for protocol in options.protocols:
         for modality in MODALITIES:
             start, after = (transferred(source, protocol, modality, options.shards, folder, config.training.seed,
                                         runtime)

@@ -38,6 +38,36 @@ def test_demo_report(shards, tmp_path):
 
 
 @pytest.mark.slow
+def test_transfer_report(shards, tmp_path):
+    printed = _run("transfer_report", "--shards", shards, "--out", tmp_path, "--steps", 2, "--protocols", "linear", "knn")
+    rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")]
+    assert [row[0].strip() for row in rows[1:]] == [
+        f"{protocol}, {modality}" for protocol in ("linear", "knn") for modality in ("visual", "audio", "both")]
+    start = json.loads((tmp_path / "start/knn-audio/results.json").read_text())["mean"]["top1"]
+    after = json.loads((tmp_path / "knn-audio/results.json").read_text())["mean"]["top1"]
+    row = rows[5]
+    assert row[1].strip().startswith(f"{start['percent']:.1f} (") and row[2].strip().startswith(f"{after['percent']:.1f} (")
+    assert float(row[3]) == pytest.approx(after["percent"] - start["percent"], abs=0.06)
+
+
+@pytest.mark.slow
+def test_esc_report(shards, media, avprep, tmp_path):
+    out = shards.parent
+    done = avprep("build", "--dataset", "esc10", "--raw", media / "esc10", "--split", "all", "--out", out)
+    assert done.returncode == 0, done.stderr
+    printed = _run("esc_report", "--shards", out, "--out", tmp_path, "--folds", 2, "--set", "training.steps=2", "--set",
+                   "transfer.epochs=1")
+    rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")]
+    assert [row[0].strip() for row in rows[1:]] == ["random, linear", "pretrained, linear", "random, finetune",
+                                                    "pretrained, finetune"]
+    shown = json.loads((tmp_path / "pretrained/finetune-fold2/results.json").read_text())["mean"]["top1"]["percent"]
+    assert float(rows[4][1]) == pytest.approx(shown, abs=0.06)
+    learned_on = json.loads((tmp_path / "pretrained-without-fold2/config.json").read_text())
+    assert learned_on["data"]["modality"] == "audio"
+    assert (tmp_path / "pretrained-without-fold2").is_dir() and not (tmp_path / "pretrained-without-fold1").exists()
+
+
+@pytest.mark.slow
 def test_ablations(shards, tmp_path):
     printed = _run("ablations", "--shards", shards, "--out", tmp_path, "--steps", 2)
     rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")]
