@@ -95,8 +95,8 @@ def test_what_is_no_run_is_said(run, tmp_path):
 
 
 def test_chance():
-    config = read_config("tiny")  # 64 negatives from 16 x 15 segments
-    assert chance_of("test_loss", config) == pytest.approx(4 * math.log(65) + math.log(2))
+    config = read_config("tiny")  # 64 negatives from 16 x 15 segments, pairs weighted by 2
+    assert chance_of("test_loss", config) == pytest.approx(4 * math.log(65) + 2 * math.log(2))
     assert chance_of("pair", config) == pytest.approx(math.log(2))
     assert chance_of("top1_multimodal_audio", config) == pytest.approx(1 / 65)
     late = read_config("tiny", ["model.fusion=late", "objectives.mep_visual=0.5"])
