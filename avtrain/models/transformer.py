@@ -68,11 +68,12 @@ class TransformerLayer(nn.Module):
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, attend: Tensor, dropout: float) -> Tensor:
-    """torch's scaled dot product attention; on CPUs in float32, for its backward pass in bfloat16 takes eight times as
-    long there (torch 2.13, 16 tokens)."""
+    """torch's scaled dot product attention; on CPUs not below float32, for its backward pass in bfloat16 takes eight
+    times as long there (torch 2.13, 16 tokens)."""
     if query.device.type == "cpu":
+        dtype = torch.promote_types(query.dtype, torch.float32)
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attend, dropout)
+            return F.scaled_dot_product_attention(query.to(dtype), key.to(dtype), value.to(dtype), attend, dropout)
     return F.scaled_dot_product_attention(query, key, value, attend, dropout)
 
 
