@@ -68,8 +68,8 @@ class TransformerLayer(nn.Module):
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, attend: Tensor, dropout: float) -> Tensor:
-    """torch's scaled dot product attention; on CPUs not below float32, for its backward pass in bfloat16 takes eight
-    times as long there (torch 2.13, 16 tokens)."""
+    """torch's scaled dot product attention; on CPUs not below float32, for its backward pass in bfloat16 is far
+    slower there for few tokens (torch 2.13)."""
     if query.device.type == "cpu":
         dtype = torch.promote_types(query.dtype, torch.float32)
         with torch.autocast("cpu", enabled=False):
