@@ -32,15 +32,15 @@ class ObjectiveResult(NamedTuple):
 
 
 class MaskedPass(NamedTuple):
-    """One pass of the model over masked clips. Lists are (visual, audio).
+    """One pass of the Transformers over `draws` differently masked copies of a batch. Lists are (visual, audio).
 
     Attributes:
         pooled, local: of every segment, before masking, (batch, segments, channels or D).
         present: (batch, segments) boolean, of each clip's own segments.
-        predicted: (batch, segments) boolean, masked positions that count: not those of wrong pairs.
-        tokens: what the Transformers made of the masked clips.
-        both: (batch, segments) boolean, where picture and (maybe another clip's) sound are there together.
-        right: (batch,) boolean, whether sound and picture are of the same video.
+        predicted: (draws * batch, segments) boolean, masked positions that count: not those of wrong pairs.
+        tokens: what the Transformers made of the masked clips, draws * batch of them.
+        both: (draws * batch, segments) boolean, where picture and (maybe another clip's) sound are there together.
+        right: (draws * batch,) boolean, whether sound and picture are of the same video.
     """
 
     pooled: list[Tensor]
@@ -71,72 +71,67 @@ class Objectives(nn.Module):
             self.pair = SequenceHead(model.dimension, 1, model.dropout)
 
     def forward(self, model: AVBert, embedded: Embedded, generator: torch.Generator) -> ObjectiveResult:
-        """The loss of a batch, and its parts: means over `draws` draws of all that is random.
+        """The loss of a batch, and its parts, over `draws` draws of all that is random.
 
-        A Transformer's pass costs little beside the CNNs', so several draws say more about a batch at little more cost.
+        The Transformers cost little beside the CNNs, so several draws say more about a batch at little more cost.
 
         Args:
             model: its CNNs learn too: the targets are their own outputs.
             embedded: what `model.embed` made of the batch.
             generator: on the CPU; decides masks, wrong pairs, negatives.
         """
-        results = [self._one_draw(model, embedded, generator) for _ in range(self.config.draws)]
-        names = dict.fromkeys(name for result in results for name in result.parts)
-        parts = {name: torch.stack([result.parts[name] for result in results if name in result.parts]).mean()
-                 for name in names}
-        return ObjectiveResult(torch.stack([result.loss for result in results]).mean(), parts)
-
-    def _one_draw(self, model: AVBert, embedded: Embedded, generator: torch.Generator) -> ObjectiveResult:
         config = self.config
-        seen = self.masked_pass(model, embedded, generator, wrong_pairs=config.pair > 0 and hasattr(self, "pair"))
+        pairs = config.pair > 0 and hasattr(self, "pair")
+        seen = self.masked_pass(model, embedded, generator, wrong_pairs=pairs, draws=config.draws)
         parts: dict[str, Tensor] = {}
         losses: dict[str, list[Tensor]] = {"mep_visual": [], "mep_audio": [], "mep_multimodal": []}
         loss = self.mask.sum() * 0  # a batch with nothing to predict still has a gradient: zero
         for modality, name in ((VISUAL, "visual"), (AUDIO, "audio")):
             if not bool(seen.predicted[modality].any()):
                 continue
-            present = seen.present[modality].flatten().nonzero().squeeze(1)
-            positives = _index_among(seen.predicted[modality], seen.present[modality])
-            negatives, valid = sample_negatives(seen.pooled[modality].flatten(0, 1)[present], positives,
-                                                config.negatives, config.sampling, config.keep_percent, generator)
+            present = seen.present[modality]
+            pooled, local = seen.pooled[modality][present], seen.local[modality][present]
+            positives = _index_among(seen.predicted[modality], present)
+            negatives, valid = sample_negatives(pooled, positives, config.negatives, config.sampling,
+                                                config.keep_percent, generator)
             candidates = torch.cat((positives[:, None], negatives), 1)
             usable = F.pad(valid, (1, 0), value=True)
             for predictor, part in ((name, f"mep_{name}"), (f"multimodal_{name}", "mep_multimodal")):
                 if predictor in self.predictors:
-                    logits = self.scores(seen, predictor, seen.local[modality].flatten(0, 1)[present], candidates)
-                    logits = logits.masked_fill(~usable, -torch.inf)
+                    logits = self.scores(seen, predictor, local, candidates).masked_fill(~usable, -torch.inf)
                     losses[part].append(_nce(logits))
                     parts[f"top1_{predictor}"] = (logits.argmax(1) == 0).float().mean()
         for part, values in losses.items():
             if values:
                 parts[part] = torch.stack(values).sum().detach()
                 loss = loss + getattr(config, part) * torch.stack(values).sum()
-        if config.pair > 0 and hasattr(self, "pair"):
-            if bool(seen.both.any()):
-                logits_of_pairs = self.pair_logits(seen)
-                right = seen.right[:, None].expand_as(logits_of_pairs)
-                losses_of_pairs = F.binary_cross_entropy_with_logits(logits_of_pairs, right.float(), reduction="none")
-                pair = _mean_over_times(losses_of_pairs, seen.both)
-                parts["pair"] = pair.detach()
-                parts["pair_accuracy"] = _mean_over_times(((logits_of_pairs > 0) == right).float(), seen.both)
-                loss = loss + config.pair * pair
+        if pairs and bool(seen.both.any()):
+            logits_of_pairs = self.pair_logits(seen)
+            right = seen.right[:, None].expand_as(logits_of_pairs)
+            losses_of_pairs = F.binary_cross_entropy_with_logits(logits_of_pairs, right.float(), reduction="none")
+            pair = _mean_over_times(losses_of_pairs, seen.both)
+            parts["pair"] = pair.detach()
+            parts["pair_accuracy"] = _mean_over_times(((logits_of_pairs > 0) == right).float(), seen.both)
+            loss = loss + config.pair * pair
         return ObjectiveResult(loss, parts)
 
-    def masked_pass(self, model: AVBert, embedded: Embedded, generator: torch.Generator,
-                    wrong_pairs: bool) -> MaskedPass:
+    def masked_pass(self, model: AVBert, embedded: Embedded, generator: torch.Generator, wrong_pairs: bool,
+                    draws: int = 1) -> MaskedPass:
         """Mask, give half of the clips another clip's sound (if `wrong_pairs`), and run the Transformers.
 
         Masks are alike in right and wrong pairs, so that they don't tell which is which.
         """
-        embeddings, seen, heard = embedded
-        local, present = [embeddings.visual_local, embeddings.audio_local], [seen, heard]
-        masks = [masked_positions(there, self.config.mask_rate, generator) for there in present]
-        shown = [torch.where(mask[..., None], self.mask[modality].to(values.dtype), values)
+        embeddings, *present = embedded
+        local = [embeddings.visual_local, embeddings.audio_local]
+        (seen, heard), batch = (there.repeat(draws, 1) for there in present), len(local[VISUAL])
+        masks = [masked_positions(there, self.config.mask_rate, generator) for there in (seen, heard)]
+        shown = [torch.where(mask[..., None], self.mask[modality].to(values.dtype), values.repeat(draws, 1, 1))
                  for modality, (mask, values) in enumerate(zip(masks, local, strict=True))]
-        sound_of = torch.arange(len(seen), device=seen.device)
+        itself = sound_of = torch.arange(draws * batch, device=seen.device)
         if wrong_pairs:
-            sound_of = wrong_sounds((seen.any(1) & heard.any(1)), generator)
-        right = sound_of == torch.arange(len(seen), device=seen.device)
+            eligible = present[VISUAL].any(1) & present[AUDIO].any(1)
+            sound_of = torch.cat([wrong_sounds(eligible, generator) + draw * batch for draw in range(draws)])
+        right = sound_of == itself
         tokens = model.contextualize(shown[VISUAL], shown[AUDIO][sound_of], seen, heard[sound_of])
         predicted = [mask & right[:, None] for mask in masks]
         return MaskedPass([embeddings.visual_pooled, embeddings.audio_pooled], local, present, predicted, tokens,
@@ -164,7 +159,8 @@ class Objectives(nn.Module):
         assert isinstance(head, Predictor)
         prediction, projected = head(outputs, embeddings)
         with torch.autocast(outputs.device.type, enabled=False):
-            return torch.einsum("nd,nkd->nk", prediction.float(), projected.float()[candidates])
+            # All products, then a choice: less memory than each position's own copies of its candidates.
+            return (prediction.float() @ projected.float().mT).gather(1, candidates)
 
     def pair_logits(self, seen: MaskedPass) -> Tensor:
         """The pair classifier at every time.
@@ -241,8 +237,9 @@ def wrong_sounds(eligible: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _index_among(some: Tensor, all_of: Tensor) -> Tensor:
-    """Where the positions of mask `some` stand in the list of those of `all_of`, which holds them."""
-    return (all_of.flatten().cumsum(0) - 1)[some.flatten()]
+    """Where the positions of mask `some`, of one or more copies of a batch, stand in the list of those of `all_of`."""
+    numbers = all_of.flatten().cumsum(0).view_as(all_of) - 1
+    return numbers.repeat(len(some) // len(all_of), 1)[some]
 
 
 def _mean_over_times(values: Tensor, counts: Tensor) -> Tensor:

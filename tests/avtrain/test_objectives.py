@@ -154,9 +154,10 @@ def test_loss_at_initialisation_is_chance(fusion):
         assert float(parts["pair"]) == pytest.approx(math.log(2), rel=1e-5)
 
 
-def test_masked_loss_is_that_of_a_plain_float64_loop():
+@pytest.mark.parametrize("draws", [1, 3])
+def test_masked_loss_is_that_of_a_plain_float64_loop(draws):
     """With every other segment as a negative there is nothing random about the candidates."""
-    model, objectives, inputs = _setup(sampling="random", negatives=29, pair=0.0)
+    model, objectives, inputs = _setup(sampling="random", negatives=29, pair=0.0, draws=draws)
     model, objectives = model.double().eval(), objectives.double().eval()
     for predictor in objectives.predictors.values():
         nn.init.normal_(predictor.projection.weight)  # scores far from chance
@@ -165,7 +166,7 @@ def test_masked_loss_is_that_of_a_plain_float64_loop():
     parts = objectives(model, model.embed(*inputs), _generator(3)).parts
     model.requires_grad_(False)
     objectives.requires_grad_(False)
-    seen = objectives.masked_pass(model, model.embed(*inputs), _generator(3), wrong_pairs=False)
+    seen = objectives.masked_pass(model, model.embed(*inputs), _generator(3), wrong_pairs=False, draws=draws)
     for modality, name in ((0, "visual"), (1, "audio")):
         everything = seen.local[modality].flatten(0, 1)
         losses = {name: [], f"multimodal_{name}": []}
@@ -175,7 +176,7 @@ def test_masked_loss_is_that_of_a_plain_float64_loop():
             for key, output in ((name, tokens[clip, 1 + segment]), (f"multimodal_{name}", joint)):
                 head = objectives.predictors[key]
                 score = [float(head.feedforward(output) @ (head.projection.weight @ x)) for x in everything]
-                true = score[5 * clip + segment]
+                true = score[5 * (clip % 6) + segment]
                 losses[key].append(math.log(sum(math.exp(value - true) for value in score)))
         assert float(parts[f"mep_{name}"]) == pytest.approx(sum(losses[name]) / len(losses[name]), rel=1e-5)
         losses.pop(name)
@@ -201,40 +202,40 @@ def test_a_wrong_pair_contributes_nothing_to_the_masked_loss():
         assert (tensor.grad[~seen.right] == 0).all() and (tensor.grad[seen.right] != 0).any()
 
 
-def test_pairs_are_judged_at_every_time_that_is_seen_and_heard():
-    model, objectives, inputs = _setup()
+@pytest.mark.parametrize("draws", [1, 3])
+def test_pairs_are_judged_at_every_time_that_is_seen_and_heard(draws):
+    model, objectives, inputs = _setup(draws=draws)
     model.eval()
     inputs[2][0, 3:] = inputs[3][1, :2] = inputs[3][2] = False
     embedded = model.embed(*inputs)
     parts = objectives(model, embedded, _generator()).parts
-    seen = objectives.masked_pass(model, embedded, _generator(), wrong_pairs=True)
+    seen = objectives.masked_pass(model, embedded, _generator(), wrong_pairs=True, draws=draws)
     logits = objectives.pair(seen.tokens.multimodal_tokens)[..., 0].tolist()
     losses, hits = [], []
     for clip, right in enumerate(seen.right.tolist()):
         times = [time for time in range(5) if bool(seen.both[clip, time])]
-        assert (not times) == (clip == 2)  # silent, and silence is nobody's sound
+        assert (not times) == (clip % 6 == 2)  # silent, and silence is nobody's sound
         if times:
             chances = [1 / (1 + math.exp(-logits[clip][time])) for time in times]
             losses.append(-sum(math.log(chance if right else 1 - chance) for chance in chances) / len(times))
             hits.append(sum((chance > 0.5) == right for chance in chances) / len(times))
-    assert float(parts["pair"]) == pytest.approx(sum(losses) / 5, rel=1e-5)
-    assert float(parts["pair_accuracy"]) == pytest.approx(sum(hits) / 5, rel=1e-5)
+    assert float(parts["pair"]) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert float(parts["pair_accuracy"]) == pytest.approx(sum(hits) / len(hits), rel=1e-5)
 
 
-def test_several_draws_are_their_mean():
-    model, objectives, inputs = _setup(draws=3)
+def test_draws_mask_and_pair_the_same_clips_differently():
+    model, objectives, inputs = _setup(batch=8)
     model.eval()
-    embedded, generator = model.embed(*inputs), _generator()
-    single = Objectives(model.config, ObjectivesConfig(negatives=8, mask_rate=0.3))
-    single.load_state_dict(objectives.state_dict())
-    single.eval()
-    each = [single(model, embedded, generator) for _ in range(3)]
-    assert len({float(result.loss.detach()) for result in each}) == 3
-    together = objectives(model, embedded, _generator())
-    mean = sum(float(result.loss.detach()) for result in each) / 3
-    assert float(together.loss.detach()) == pytest.approx(mean, rel=1e-6)
-    for name, value in together.parts.items():
-        assert float(value) == pytest.approx(sum(float(result.parts[name]) for result in each) / 3, rel=1e-5)
+    embedded = model.embed(*inputs)
+    seen = objectives.masked_pass(model, embedded, _generator(), wrong_pairs=True, draws=3)
+    right, predicted = seen.right.view(3, 8), [mask.view(3, 8, 5) for mask in seen.predicted]
+    assert (right.sum(1) == 4).all()  # half of each copy of the batch
+    assert not (right[0] == right[1]).all() or not (right[1] == right[2]).all()
+    shared = right.all(0)
+    assert any(not (mask[0, shared] == mask[1, shared]).all() for mask in predicted)
+    # A clip's copies are no other videos: with all its copies in the pool, none would be its own wrong sound.
+    single = objectives.masked_pass(model, embedded, _generator(), wrong_pairs=False, draws=3)
+    assert single.right.all() and len(single.tokens.multimodal_tokens) == 24
 
 
 def test_absent_segments_are_neither_predicted_nor_negatives():
