@@ -65,7 +65,7 @@ def whole_model_row() -> Row:
             output = which(visual, audio)
         output.multimodal_tokens.float().square().mean().backward()
 
-    ours, baseline = interleaved_medians(5, lambda: step(model, True), lambda: step(contiguous, False))
+    ours, baseline = interleaved_medians(9, lambda: step(model, True), lambda: step(contiguous, False))
     return times_faster("model, bfloat16 + channels-last, against float32", ours, baseline, 2.0)
 
 
