@@ -78,8 +78,9 @@ class HeldOut:
             before += int(present.sum())
             if len(true):
                 candidates = torch.cat((true[:, None], random_others(true, len(pool), CANDIDATES - 1, generator)), 1)
+                used, candidates = candidates.unique(return_inverse=True)
                 with self._runtime.autocast():
-                    scores = objectives.scores(seen, predictor, pool, candidates)
+                    scores = objectives.scores(seen, predictor, pool[used], candidates)
                 hits += int((scores[:, :1] > scores[:, 1:]).all(1).sum())
                 positions += len(true)
         return hits / positions if positions else None

@@ -160,7 +160,8 @@ class Objectives(nn.Module):
         prediction, projected = head(outputs, embeddings)
         with torch.autocast(outputs.device.type, enabled=False):
             # All products, then a choice: less memory than each position's own copies of its candidates.
-            return (prediction.float() @ projected.float().mT).gather(1, candidates)
+            products: Tensor = prediction.float() @ projected.float().mT
+            return products.gather(1, candidates)
 
     def pair_logits(self, seen: MaskedPass) -> Tensor:
         """The pair classifier at every time.

@@ -121,7 +121,9 @@ class AudioCNN(nn.Module):
     def forward(self, segments: Tensor) -> Tensor:
         """(segments, 1, mels, frames) -> (segments, outputs)."""
         x = (segments - self.mean) / self.deviation
-        if self.stem[3].weight.stride(1) == 1:
+        second = self.stem[3].weight
+        assert isinstance(second, Tensor)
+        if second.stride(1) == 1:
             # One channel lies in memory alike in both layouts. Unless its strides say channels-last, the first
             # convolution's outputs are not, and two slow conversions follow, a third of the network's time.
             x = x.squeeze(1).unsqueeze(-1).movedim(-1, 1)
@@ -165,8 +167,8 @@ class Conv3d(nn.Conv3d):
         """(batch, channels, frames, height, width), as nn.Conv3d; float32 also under autocast where `fits` is false."""
         if fits(x, self.kernel_size):
             if self.kernel_size[0] > 1 and self.kernel_size[1:] == self.stride[1:] == (1, 1):
-                y = F.conv2d(x.flatten(3), self.weight.flatten(3), None, (self.stride[0], 1), (self.padding[0], 0))
-                return y.unflatten(3, x.shape[3:])
+                flat = F.conv2d(x.flatten(3), self.weight.flatten(3), None, (self.stride[0], 1), (int(self.padding[0]), 0))
+                return flat.view(*flat.shape[:3], *x.shape[3:])
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.to(self.weight.dtype))

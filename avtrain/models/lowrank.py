@@ -77,7 +77,7 @@ class LowRankLinear(nn.Module):
         Args:
             rotations: (transformers, maps, rank, rank), `rotation_of(self.skew)`.
         """
-        up = rotations @ self.shared.mT  # (transformers, maps, rank, outputs)
+        up = rotations @ self.shared.to(rotations.dtype).mT  # (transformers, maps, rank, outputs)
         bias = compute_dtype(self.bias).view(len(self.shared), 1, -1)
         return [FoldedLinear(down, up, bias) for down, up in zip(compute_dtype(self.private).unbind(),
                                                                  compute_dtype(up).unbind(), strict=True)]
