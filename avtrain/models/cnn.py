@@ -167,7 +167,8 @@ class Conv3d(nn.Conv3d):
         """(batch, channels, frames, height, width), as nn.Conv3d; float32 also under autocast where `fits` is false."""
         if fits(x, self.kernel_size):
             if self.kernel_size[0] > 1 and self.kernel_size[1:] == self.stride[1:] == (1, 1):
-                flat = F.conv2d(x.flatten(3), self.weight.flatten(3), None, (self.stride[0], 1), (int(self.padding[0]), 0))
+                flat = F.conv2d(x.flatten(3), self.weight.flatten(3), stride=(self.stride[0], 1),
+                                padding=(int(self.padding[0]), 0))
                 return flat.view(*flat.shape[:3], *x.shape[3:])
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
