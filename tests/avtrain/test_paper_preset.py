@@ -30,8 +30,9 @@ class _Same:
     def __len__(self):
         return STEPS
 
-    def epoch(self, number, first):
-        yield from [self.batch] * (STEPS - first)
+    def starting_at(self, epoch, batch):
+        while True:
+            yield self.batch
 
 
 @pytest.mark.slow
@@ -41,7 +42,9 @@ def test_steps_on_two_real_clips_lower_the_loss(media, avprep, tmp_path, capsys)
         shutil.copy(media / name, tmp_path / "raw")
     done = avprep("build", "--dataset", "folder", "--raw", tmp_path / "raw", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    config = read_config("paper", ["training.batch_size=2", f"training.steps={STEPS}", "training.warmup=0"])
+    # A rate within the preset's warm-up: with the full one, the second step on two clips goes too far.
+    config = read_config("paper", ["training.batch_size=2", f"training.steps={STEPS}", "training.warmup=0",
+                                   "training.learning_rate=2e-5"])
     assert config.model.segments_at_once  # activation checkpointing
     folder = open_folders([str(tmp_path / "folder" / "train")])
     places = fixed_order([shard.clips for shard in folder.shards])
