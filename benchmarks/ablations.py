@@ -85,7 +85,7 @@ def _shown(column: str, value: float | None) -> str:
 
 
 def draw(rows: list[tuple[str, str, dict[str, float]]], columns: list[str], path: Path) -> None:
-    """A panel a study; a group of bars a figure, a bar a setting, in percent."""
+    """A panel a study; a group of bars a figure, a bar a setting that has it, in percent."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 10), layout="constrained")
@@ -93,8 +93,9 @@ def draw(rows: list[tuple[str, str, dict[str, float]]], columns: list[str], path
         settings = [(name, of_one) for of_study, name, of_one in rows if of_study == study]
         width = 0.8 / len(settings)
         for number, (name, of_one) in enumerate(settings):
-            at = [column + (number - (len(settings) - 1) / 2) * width for column in range(len(columns))]
-            bars = axis.bar(at, [100 * of_one.get(column, 0.0) for column in columns], width, label=name)
+            found = [(index, of_one[column]) for index, column in enumerate(columns) if column in of_one]
+            at = [index + (number - (len(settings) - 1) / 2) * width for index, _ in found]
+            bars = axis.bar(at, [100 * value for _, value in found], width, label=name)
             axis.bar_label(bars, fmt="%.0f", fontsize=8)
         axis.set_xticks(range(len(columns)), columns)
         axis.set(title=study, ylabel="%")
