@@ -159,7 +159,7 @@ class Objectives(nn.Module):
         assert isinstance(head, Predictor)
         prediction, projected = head(outputs, embeddings)
         with torch.autocast(outputs.device.type, enabled=False):
-            # All products, then a choice: less memory than each position's own copies of its candidates.
+            # All products, then a choice: no copies of its candidates for every position.
             products: Tensor = prediction.float() @ projected.float().mT
             return products.gather(1, candidates)
 
