@@ -112,6 +112,12 @@ class DataConfig:
     """Largest share of the mel bands that is masked in training."""
     time_mask: float = 0.05
     """Largest share of a segment's time that is masked in training."""
+    equalizer: float = 0.0
+    """In training, every audio segment goes through a random filter: deviation of its gains, in nats of log-mel."""
+    noise: tuple[float, ...] = ()
+    """In training, every audio segment gets noise of a mean log-mel drawn between these two; empty: none."""
+    frequency_shift: int = 0
+    """In training, every audio segment is shifted by up to so many mel bands."""
     shards_at_once: int = 8
     """Clips are shuffled among this many shards at a time."""
     workers: int = 2
@@ -125,7 +131,10 @@ class DataConfig:
                f"[shortest, longest], both at least data.crop ({self.crop})")
         for name in ("frequency_mask", "time_mask"):
             _check(0 <= getattr(self, name) <= 1, f"data.{name}", getattr(self, name), "between 0 and 1")
-        _check(self.workers >= 0, "data.workers", self.workers, "at least 0")
+        _check(len(self.noise) in (0, 2) and list(self.noise) == sorted(self.noise), "data.noise", self.noise,
+               "[quietest, loudest], or [] for none,")
+        for name in ("equalizer", "frequency_shift", "workers"):
+            _check(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "at least 0")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from avtrain.runtime import Runtime
 
 _CLIPS_AT_ONCE = 8
 _SEGMENTS_AT_ONCE = 160
-_NOT_IN_VIEW = ("workers", "shards_at_once", "frequency_mask", "time_mask")  # what does not change the fixed view
+_NOT_IN_VIEW = ("workers", "shards_at_once", "frequency_mask", "time_mask", "equalizer", "noise",
+                "frequency_shift")  # what does not change the fixed view
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ _FRAMES_AT_ONCE = 16  # all that is made of them on the way stays in the process
 # Two by two pixels share a sample of chroma (a quarter of the work) unless the square is larger than this many crops:
 # it then has so many samples itself that colours at edges would be off.
 _SHARED_CHROMA = 1.4
+_EQUALIZER_POINTS = 6
+_NOISE_SHAPE = 4  # of the gamma distribution of noise power in a mel band, which averages a few lines of the spectrum
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,38 @@ def _resized(planes: NDArray[np.uint8], top: float, left: float, side: float, cr
     channels = torch.from_numpy(packed.view(np.uint8)).permute(0, 3, 1, 2)
     fours = F.interpolate(channels, (crop, crop), mode="bilinear", antialias=True, align_corners=False)
     return fours.permute(0, 2, 3, 1).contiguous().numpy().view(np.uint32)[..., 0]
+
+
+def another_recording(segments: NDArray[np.float32], equalizer: float, noise: tuple[float, ...], frequency_shift: int,
+                      random: Generator) -> NDArray[np.float32]:
+    """Every segment as if it had been recorded somewhere else: shifted in frequency, filtered, louder or quieter, noisy.
+
+    Anew for every segment, since microphone, room and noise floor are the same all through a real recording: left in,
+    they tell masked prediction which clip a segment is from, and nothing about the sounds has to be learned.
+
+    Args:
+        segments: (segments, mels, frames) log-mel, in nats.
+        equalizer: standard deviation, in nats, of the gain at each of six points along the bands (between them it is
+            interpolated), and of another gain for all bands.
+        noise: (quietest, loudest) mean log-mel of the noise that is added, in nats; its slope from the lowest to the
+            highest band has a standard deviation of 2. Empty: none.
+        frequency_shift: most bands up or down; the outermost band fills what is left free.
+    """
+    if not (equalizer or noise or frequency_shift):
+        return segments
+    mels, frames = segments.shape[1:]
+    along = np.linspace(-1, 1, mels)
+    varied = np.empty_like(segments)
+    for segment, result in zip(segments, varied, strict=True):
+        shift = int(random.integers(-frequency_shift, frequency_shift + 1))
+        gains = random.normal(0, equalizer) + np.interp(along, np.linspace(-1, 1, _EQUALIZER_POINTS),
+                                                        random.normal(0, equalizer, _EQUALIZER_POINTS))
+        result[:] = segment[np.clip(np.arange(mels) - shift, 0, mels - 1)] + gains[:, None]
+        if noise:
+            level = random.uniform(*noise) + random.normal() * along
+            added = level[:, None] + np.log(random.gamma(_NOISE_SHAPE, 1 / _NOISE_SHAPE, (mels, frames)))
+            result[:] = np.logaddexp(result, added)
+    return varied
 
 
 def masked_log_mel(segments: NDArray[np.float32], frequency_share: float, time_share: float,

@@ -121,15 +121,25 @@ def test_half_of_the_clips_get_anothers_sound():
     eligible = torch.tensor([True] * 9 + [False] * 3)
     changed = torch.zeros(12)
     for seed in range(300):
-        sound_of = wrong_sounds(eligible, _generator(seed))
+        [sound_of] = wrong_sounds(eligible, 1, _generator(seed))
         wrong = sound_of != torch.arange(12)
         assert wrong.sum() == 4 and not wrong[9:].any()
         assert sorted(sound_of.tolist()) == list(range(12))
         changed += wrong
     assert (changed[:9] / 300 - 4 / 9).abs().max() < 0.12
-    assert torch.equal(wrong_sounds(torch.tensor([True, False]), _generator()), torch.arange(2))
-    pairs = [wrong_sounds(torch.tensor([True, True]), _generator(seed)).tolist() for seed in range(200)]
+    assert torch.equal(wrong_sounds(torch.tensor([True, False]), 1, _generator())[0], torch.arange(2))
+    pairs = [wrong_sounds(torch.tensor([True, True]), 1, _generator(seed))[0].tolist() for seed in range(200)]
     assert 70 < sum(pair == [1, 0] for pair in pairs) < 130 and all(sorted(pair) == [0, 1] for pair in pairs)
+
+
+@pytest.mark.parametrize("clips", [2, 3])
+def test_few_clips_are_exchanged_in_every_second_draw(clips):
+    """Else all draws of a small batch might be wrong pairs, with no masked loss, or all right ones."""
+    eligible = torch.tensor([False] + [True] * clips)
+    for seed in range(50):
+        wrong = [bool((sound_of != torch.arange(1 + clips)).any()) for sound_of in
+                 wrong_sounds(eligible, 4, _generator(seed))]
+        assert wrong in ([True, False, True, False], [False, True, False, True])
 
 
 # --- losses
@@ -175,7 +185,8 @@ def test_masked_loss_is_that_of_a_plain_float64_loop(draws):
             joint = seen.tokens.multimodal_tokens[clip, 6 * modality + 1 + segment]
             for key, output in ((name, tokens[clip, 1 + segment]), (f"multimodal_{name}", joint)):
                 head = objectives.predictors[key]
-                score = [float(head.feedforward(output) @ (head.projection.weight @ x)) for x in everything]
+                score = [float(head.feedforward(output) @ (head.projection.weight @ x)) / math.sqrt(len(x))
+                             for x in everything]
                 true = score[5 * (clip % 6) + segment]
                 losses[key].append(math.log(sum(math.exp(value - true) for value in score)))
         assert float(parts[f"mep_{name}"]) == pytest.approx(sum(losses[name]) / len(losses[name]), rel=1e-5)

@@ -64,8 +64,7 @@ def test_a_run_leaves_what_is_promised(whole):
     assert len(list((out / "checkpoints").iterdir())) == 3
     page = (out / "report.html").read_text()
     assert str(out / "report.html") in printed and (out / "report.png").stat().st_size > 10_000
-    # Of the few held-out clips all may be exchanged for pairs; then masked losses are not held out, but the pair's is.
-    assert f"<td class=number>{losses[-1]['test_pair']:.4f}</td>" in page
+    assert f"<td class=number>{losses[-1]['test_mep_audio']:.4f}</td>" in page
     assert f"<td class=number>{losses[-1]['loss']:.4f}</td>" in page
 
 
