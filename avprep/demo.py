@@ -185,9 +185,9 @@ def _sound(name: str, score: _Score, rng: Generator) -> Floats:
     pitch_hz = 200 * 2 ** (2.6 * high)[scene] * 2**octaves
     brightness = rng.uniform(0.3, 0.9, size=scenes)[scene]
     loudness = 10 ** rng.uniform(-1.2, -0.5, size=scenes)[scene] * amplitude
-    noisiness = 10 ** rng.uniform(-3.0, -1.6, size=scenes)[scene]
+    noisiness = 10 ** rng.uniform(-2.6, -1.3, size=scenes)[scene]
     drone_hz = (100 * 2 ** rng.uniform(0, 4.3, size=scenes))[scene]
-    drone_loudness = 10 ** rng.uniform(-2.0, -1.2, size=scenes)[scene]
+    drone_loudness = 10 ** rng.uniform(-1.8, -1.0, size=scenes)[scene]
 
     def fine(values: NDArray[np.floating]) -> Floats:
         positions = np.arange(samples) / (_SAMPLE_RATE_HZ / 441)

@@ -89,7 +89,7 @@ def _resized(planes: NDArray[np.uint8], top: float, left: float, side: float, cr
 
 def another_recording(segments: NDArray[np.float32], equalizer: float, noise: tuple[float, ...], frequency_shift: int,
                       random: Generator) -> NDArray[np.float32]:
-    """Every segment as if it had been recorded somewhere else: shifted in frequency, filtered, louder or quieter, noisy.
+    """Every segment as if it had been recorded somewhere else: shifted, filtered, louder or quieter, noisy.
 
     Anew for every segment, since microphone, room and noise floor are the same all through a real recording: left in,
     they tell masked prediction which clip a segment is from, and nothing about the sounds has to be learned.
