@@ -113,7 +113,7 @@ def another_recording(segments: NDArray[np.float32], equalizer: float, noise: tu
                                                         random.normal(0, equalizer, _EQUALIZER_POINTS))
         result[:] = segment[np.clip(np.arange(mels) - shift, 0, mels - 1)] + gains[:, None]
         if noise:
-            level = random.uniform(*noise) + random.normal() * along
+            level = random.uniform(noise[0], noise[1]) + random.normal() * along
             added = level[:, None] + np.log(random.gamma(_NOISE_SHAPE, 1 / _NOISE_SHAPE, (mels, frames)))
             result[:] = np.logaddexp(result, added)
     return varied

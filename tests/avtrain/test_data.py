@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from avtrain.config import DataConfig
-from avtrain.data.augment import View, masked_log_mel, pixels
+from avtrain.data.augment import View, another_recording, masked_log_mel, pixels
 from avtrain.data.decode import Planes, decode_frames
 from avtrain.data.loader import ClipDataset, UnreadableCount, batches, check_spec
 from avtrain.data.order import at_epoch, batches_of, epoch_order, fixed_order
@@ -222,6 +222,48 @@ def test_masking_hides_one_band_and_one_stretch_of_each_segment():
         alike += np.array_equal(changed[0], changed[1])
     # A mask that a clip's segments share would tell which clip this is.
     assert len(sizes) > 5 and alike <= 4
+
+
+def test_another_recording_filters_every_segment_by_itself():
+    segments = np.repeat(np.random.default_rng(0).standard_normal((1, 80, 128)), 400, 0).astype(np.float32)
+    gains = another_recording(segments, 1.5, (), 0, np.random.default_rng(1)) - segments
+    assert gains.dtype == np.float32 and (np.ptp(gains, axis=2) < 1e-5).all()  # the same all through a segment
+    by_band = gains[..., 0]
+    assert len(np.unique(by_band[:, 0])) == 400
+    # The gain of all bands and that of the first point add up; bands far apart share only the former.
+    assert by_band[:, 0].std() == pytest.approx(1.5 * 2 ** 0.5, rel=0.15)
+    assert np.corrcoef(by_band[:, 0], by_band[:, 79])[0, 1] == pytest.approx(0.5, abs=0.15)
+    assert np.abs(np.diff(by_band, axis=1)).max() < 1.0  # smooth: six points over 80 bands
+
+
+def test_another_recording_adds_noise_of_the_level_that_is_asked_for():
+    silence = np.full((200, 80, 128), -13.8, np.float32)
+    loud = np.full((200, 80, 128), 5.0, np.float32)
+    noisy = another_recording(silence, 0.0, (-9.0, -3.0), 0, np.random.default_rng(1))
+    levels = np.log(np.exp(noisy).mean(2))  # by band
+    middle = levels[:, 38:42].mean(1)
+    assert -9.5 < middle.min() < -8.5 and -3.5 < middle.max() < -2.5
+    assert (levels[:, -1] - levels[:, 0]).std() == pytest.approx(2, rel=0.2)
+    assert np.abs(another_recording(loud, 0.0, (-9.0, -3.0), 0, np.random.default_rng(1)) - loud).max() < 0.1
+
+
+def test_another_recording_shifts_bands():
+    bands = np.broadcast_to(np.arange(80, dtype=np.float32)[:, None], (100, 80, 128))
+    shifted = another_recording(bands, 0.0, (), 3, np.random.default_rng(1))
+    shifts = shifted[:, 40, 0] - 40
+    assert set(shifts) == {-3, -2, -1, 0, 1, 2, 3}
+    for segment, shift in zip(shifted, shifts, strict=True):
+        assert np.array_equal(segment[:, 5], np.clip(np.arange(80) + shift, 0, 79))
+
+
+def test_another_recording_is_for_training_alone(folders):
+    folder = open_folders([str(folders[0])])
+    place = fixed_order([1] * 10)[0]
+    options = replace(TINY, equalizer=1.0, noise=(-9.0, -3.0), frequency_shift=2)
+    plain, varied, again, fixed = (ClipDataset(folder, config, seed)[place, 0].audio for config, seed in (
+        (TINY, 0), (options, 0), (options, 0), (options, None)))
+    assert not torch.equal(varied, plain) and torch.equal(varied, again)
+    assert torch.equal(fixed, ClipDataset(folder, TINY, None)[place, 0].audio)
 
 
 def test_absent_is_absent_and_short_is_short(mixed):
