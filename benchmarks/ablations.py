@@ -11,7 +11,7 @@ from avtrain.config import Config, read_config
 from avtrain.models.avbert import AVBert
 from avtrain.runtime import choose_runtime
 from avtrain.transfer import load_source
-from benchmarks.learned import held_out_figures, probe, recalls, trained
+from benchmarks.learned import held_out_figures, probe, recalls, trained_on_demo
 
 # study -> setting -> fields of the model's or the objectives' settings
 STUDIES: dict[str, dict[str, dict[str, Any]]] = {
@@ -63,7 +63,7 @@ def with_fields(steps: int, fields: dict[str, Any]) -> Config:
 def measured(config: Config, shards: Path, folder: Path) -> dict[str, float]:
     """Train, and measure on the test split; all but the parameters in parts of 1."""
     runtime = choose_runtime(None, "auto")
-    checkpoint = trained(config, shards, folder, runtime)
+    checkpoint = trained_on_demo(config, shards, folder, runtime)
     encoder = AVBert(config.model).encoder
     figures = {"parameters": float(sum(parameter.numel() for parameter in encoder.parameters()))}
     held_out = held_out_figures(folder)

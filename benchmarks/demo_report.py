@@ -10,7 +10,7 @@ from statistics import mean
 from avtrain.config import Config, read_config
 from avtrain.runtime import choose_runtime
 from avtrain.transfer import load_source, random_source
-from benchmarks.learned import held_out_figures, minutes_of, probe, recalls, trained
+from benchmarks.learned import held_out_figures, minutes_of, probe, recalls, trained_on_demo
 
 PRESET = "tiny"
 
@@ -41,7 +41,7 @@ def one_seed(config: Config, shards: Path, folder: Path, table: dict[str, list[f
              chances: dict[str, float]) -> float:
     """Train and measure one seed: adds a value to every row of the table; the minutes of training."""
     seed, runtime = config.training.seed, choose_runtime(None, "auto")
-    checkpoint = trained(config, shards, folder, runtime)
+    checkpoint = trained_on_demo(config, shards, folder, runtime)
     for name, value in held_out_figures(folder).items():
         label = name.replace("masked_top1_", "masked top-1 of 100: ").replace("_", " ")
         table[label].append(value)

@@ -13,10 +13,10 @@ from pathlib import Path
 from avtrain.config import Config, read_config
 from avtrain.outcome import read_predictions
 from avtrain.predictions import Figure, figures, mean_figures
-from avtrain.pretrain import pretrain
 from avtrain.runtime import Runtime, choose_runtime
 from avtrain.tasks import protocol_for
 from avtrain.transfer import Source, Trial, evaluate_task, load_source, random_source
+from benchmarks.learned import trained
 
 PRESET, RECIPE = "sound", "small"
 FOLDS = ("1", "2", "3", "4", "5")
@@ -61,13 +61,9 @@ def main() -> None:
 def pretrained(config: Config, fold: str, shards: Path, out: Path, runtime: Runtime) -> Source:
     """What was learned from the sound of the other folds and of the demo; the run is begun, gone on with, or found
     finished."""
-    others = [str(shards / "esc10" / f"fold{other}") for other in FOLDS if other != fold]
-    folder = out / f"pretrained-without-fold{fold}"
-    run = pretrain(config, [*others, str(shards / "demo" / "train")], [], folder, runtime,
-                   resume=(folder / "checkpoints").is_dir())
-    checkpoint = run.last_checkpoint()
-    assert checkpoint is not None
-    return load_source(checkpoint / "model.safetensors")
+    others = [shards / "esc10" / f"fold{other}" for other in FOLDS if other != fold]
+    return load_source(trained(config, [*others, shards / "demo" / "train"], [], out / f"pretrained-without-fold{fold}",
+                               runtime))
 
 
 def transferred(source: Source, trial: Trial, fold: str, shards: Path, out: Path,

@@ -17,13 +17,18 @@ from avtrain.transfer import Source, Trial, evaluate_task, load_source
 NEIGHBOURS = 5
 
 
-def trained(config: Config, shards: Path, folder: Path, runtime: Runtime) -> Path:
-    """The last checkpoint of a run with these settings; begun, gone on with, or found finished."""
+def trained(config: Config, train: list[Path], test: list[Path], folder: Path, runtime: Runtime) -> Path:
+    """The last checkpoint of a run with these settings and shards; begun, gone on with, or found finished."""
     resume = (folder / "checkpoints").is_dir()
-    run = pretrain(config, [str(shards / "train")], [str(shards / "test")], folder, runtime, resume)
+    run = pretrain(config, [str(path) for path in train], [str(path) for path in test], folder, runtime, resume)
     checkpoint = run.last_checkpoint()
     assert checkpoint is not None
     return checkpoint / "model.safetensors"
+
+
+def trained_on_demo(config: Config, shards: Path, folder: Path, runtime: Runtime) -> Path:
+    """`trained` on the demo's training split, with its test split held out."""
+    return trained(config, [shards / "train"], [shards / "test"], folder, runtime)
 
 
 def minutes_of(folder: Path, config: Config) -> float:

@@ -10,7 +10,7 @@ from avtrain.config import MODALITIES, read_config
 from avtrain.runtime import choose_runtime
 from avtrain.tasks import PROTOCOLS
 from avtrain.transfer import load_source, random_source
-from benchmarks.learned import trained, transferred
+from benchmarks.learned import trained_on_demo, transferred
 
 PRESET = "tiny"
 
@@ -26,7 +26,7 @@ def main() -> None:
     runtime = choose_runtime(None, "auto")
     settings = [f"training.steps={options.steps}"] if options.steps else []
     config = read_config(PRESET, settings)
-    checkpoint = trained(config, options.shards, options.out, runtime)
+    checkpoint = trained_on_demo(config, options.shards, options.out, runtime)
     lines = []
     for protocol in options.protocols:
         for modality in MODALITIES:
