@@ -122,7 +122,7 @@ class ClipDataset(Dataset[Any]):
         """The clip, its pixels written into `visual`; or a line that says why it could not be decoded."""
         place, epoch = at
         self._reader = self._reader or ShardReader(self._folder)  # opened in the worker, not before it is forked
-        key, members = self._reader.read(*place)
+        key, members = self._reader.read(*place, self._config.modality)
         random = None if self._seed is None else np.random.default_rng([self._seed, epoch, *place])
         try:
             return self._clip(key, members, visual, random)

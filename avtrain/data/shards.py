@@ -137,17 +137,21 @@ class ShardReader:
         self._folder = folder
         self._contents = lru_cache(maxsize=_REMEMBERED_SHARDS)(self._list_shard)
 
-    def read(self, shard: int, position: int) -> tuple[str, dict[str, bytes]]:
-        """The key of a clip and the bytes of its members by ending.
+    def read(self, shard: int, position: int, modality: str = "both") -> tuple[str, dict[str, bytes]]:
+        """The key of a clip and the bytes of its members by ending, without pictures or sound that are not wanted.
+
+        Args:
+            modality: visual, audio or both.
 
         Raises:
             AvtrainError: the shard is missing, or is not what its index says.
         """
         path, clips = self._contents(shard)
         key, members = clips[position]
+        unwanted = {"visual": "logmel.npy", "audio": "mp4"}.get(modality)
         with path.open("rb") as file:
             return key, {ending: os.pread(file.fileno(), member.size, member.offset)
-                         for ending, member in members.items()}
+                         for ending, member in members.items() if ending != unwanted}
 
     def read_info(self, shard: int, position: int) -> tuple[str, dict[str, Any]]:
         """The key of a clip and the content of its `.json`, without its pictures and sound.

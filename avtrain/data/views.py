@@ -130,7 +130,7 @@ class ViewDataset(Dataset[Any]):
     def __getitem__(self, at: tuple[ViewItem, int]) -> _Rows | str:
         item, epoch = at
         self._reader = self._reader or ShardReader(self.folder)  # opened in the worker, not before it is forked
-        key, members = self._reader.read(*item.place)
+        key, members = self._reader.read(*item.place, self.views.modality)
         info = self._reader.read_info(*item.place)[1]
         random = (None if self._seed is None else
                   np.random.default_rng([self._seed, epoch, *item.place, 0 if item.part is None else 1 + item.part]))

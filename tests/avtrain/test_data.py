@@ -182,6 +182,13 @@ def test_one_modality_is_the_same_without_the_other(mixed):
     assert both.visual_present.any() and both.audio_present.any()
 
 
+def test_what_is_not_wanted_is_not_read(folders):
+    reader = ShardReader(open_folders([str(folders[0])]))
+    endings = {modality: set(reader.read(0, 0, modality)[1]) for modality in ("both", "audio", "visual")}
+    assert endings["both"] == {"mp4", "logmel.npy", "json"}
+    assert endings["audio"] == {"logmel.npy", "json"} and endings["visual"] == {"mp4", "json"}
+
+
 def test_sound_alone_starts_anywhere_in_training(mixed):
     """A recording of 5 s holds two segments of 2 s, and those in it are slices of it."""
     folder = open_folders([str(mixed)])
