@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from avtrain.checkpoint import save_model
 from avtrain.config import Config, DataConfig, TrainingConfig
+from avtrain.data.augment import SoundAugmentation
 from avtrain.data.loader import Batch, UnreadableCount, batches
 from avtrain.data.order import at_epoch
 from avtrain.data.shards import ShardFolder
@@ -132,8 +133,10 @@ def finetune(model: AVBert, folder: ShardFolder, train: list[ListedClip], valida
     generator = seed_everything(seed)
     classifier = Classifier(model, len(folder.classes), modality, protocol.sequence, protocol.dropout)
     classifier.to(runtime.device)
+    sound = SoundAugmentation(protocol.equalizer, protocol.noise, protocol.frequency_shift, protocol.frequency_mask,
+                              protocol.time_mask)
     views = Views(modality, protocol.train_views, sequence=protocol.sequence, random_start=protocol.random_start,
-                  frequency_mask=protocol.frequency_mask, time_mask=protocol.time_mask)
+                  sound=sound)
     whole = protocol.sequence or protocol.random_start
     items = [ViewItem(clip.place, part) for clip in train
              for part in ([None] if whole else range(protocol.train_views))]

@@ -61,6 +61,12 @@ class Protocol:
     """Largest share of the mel bands that is masked in training (finetune)."""
     time_mask: float = 0.05
     """Largest share of a clip's time that is masked in training (finetune)."""
+    equalizer: float = 0.0
+    """In training, every clip's sound goes through a random filter: deviation of its gains, in nats (finetune)."""
+    noise: tuple[float, ...] = ()
+    """In training, noise of a mean log-mel drawn between these two is added; empty: none (finetune)."""
+    frequency_shift: int = 0
+    """In training, sound is shifted by up to so many mel bands (finetune)."""
     standardize: bool = False
     """Features are scaled to zero mean and unit deviation over the training clips (linear, knn)."""
     accumulate: int = 1
@@ -71,12 +77,14 @@ class Protocol:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "train_views", "test_views", "accumulate", "neighbours"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("head_rate", "backbone_rate", "weight_decay", "adam_eps"):
+        for name in ("head_rate", "backbone_rate", "weight_decay", "adam_eps", "equalizer", "frequency_shift"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("dropout", "label_smoothing", "warmup"):
             _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and under 1")
         for name in ("frequency_mask", "time_mask"):
             _check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
+        _check(len(self.noise) in (0, 2) and list(self.noise) == sorted(self.noise), "noise", self.noise,
+               "[quietest, loudest], or [] for none,")
         _check(self.head_rate > 0, "head_rate", self.head_rate, "above 0")
         _check(self.loss in LOSSES, "loss", self.loss, "one of " + ", ".join(LOSSES))
         _check(self.test_crops in (1, 3), "test_crops", self.test_crops, "1 or 3")
@@ -175,9 +183,10 @@ def protocol_for(task: str, name: str, recipe: str, overrides: Iterable[str] = (
 
 
 def _small_finetune(published: Protocol) -> Protocol:
-    """All weights from anywhere at one rate; stronger masks; one random clip of a video an epoch, or a sequence."""
+    """All weights from anywhere at one rate; stronger masks, and sound as of another recording; one random clip of a
+    video an epoch, or a sequence."""
     return dataclasses.replace(
         published, epochs=30 if published.sequence else 60, batch_size=16 if published.sequence else 32,
         head_rate=3e-3, backbone_rate=3e-3, warmup=0.1, weight_decay=1e-4, adam_eps=1e-8, dropout=0.2,
         label_smoothing=0.1 if published.loss == "cross_entropy" else 0.0, random_start=not published.sequence,
-        test_crops=1, frequency_mask=0.2, time_mask=0.2)
+        test_crops=1, frequency_mask=0.2, time_mask=0.2, equalizer=0.5, frequency_shift=2)

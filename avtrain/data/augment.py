@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -85,6 +86,22 @@ def _resized(planes: NDArray[np.uint8], top: float, left: float, side: float, cr
     channels = torch.from_numpy(packed.view(np.uint8)).permute(0, 3, 1, 2)
     fours = F.interpolate(channels, (crop, crop), mode="bilinear", antialias=True, align_corners=False)
     return fours.permute(0, 2, 3, 1).contiguous().numpy().view(np.uint32)[..., 0]
+
+
+class SoundAugmentation(NamedTuple):
+    """What happens to log-mel segments in training; see `another_recording` and `masked_log_mel`."""
+
+    equalizer: float = 0.0
+    noise: tuple[float, ...] = ()
+    frequency_shift: int = 0
+    frequency_mask: float = 0.0
+    time_mask: float = 0.0
+
+
+def augmented_log_mel(segments: NDArray[np.float32], how: SoundAugmentation, random: Generator) -> NDArray[np.float32]:
+    """(segments, mels, frames) -> the same: recorded elsewhere, then masked, every segment by itself."""
+    recorded = another_recording(segments, how.equalizer, how.noise, how.frequency_shift, random)
+    return masked_log_mel(recorded, how.frequency_mask, how.time_mask, random)
 
 
 def another_recording(segments: NDArray[np.float32], equalizer: float, noise: tuple[float, ...], frequency_shift: int,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from avtrain.config import DataConfig
-from avtrain.data.augment import another_recording, centre_view, masked_log_mel, pixels, random_view
+from avtrain.data.augment import SoundAugmentation, augmented_log_mel, centre_view, pixels, random_view
 from avtrain.data.decode import ClipUnreadable, decode_log_mel, decode_parts
 from avtrain.data.order import ClipPlace
 from avtrain.data.shards import ShardFolder, ShardReader
@@ -186,8 +186,9 @@ class ClipDataset(Dataset[Any]):
         spectrogram = np.pad(spectrogram, ((0, 0), (0, whole * config.mel_frames - spectrogram.shape[1])))
         segments = spectrogram.reshape(config.mels, whole, config.mel_frames).transpose(1, 0, 2)
         if random is not None:
-            segments = another_recording(segments, config.equalizer, config.noise, config.frequency_shift, random)
-            segments = masked_log_mel(segments, config.frequency_mask, config.time_mask, random)
+            how = SoundAugmentation(config.equalizer, config.noise, config.frequency_shift, config.frequency_mask,
+                                    config.time_mask)
+            segments = augmented_log_mel(segments, how, random)
         audio[:whole, 0] = torch.from_numpy(np.ascontiguousarray(segments))
         present[:whole] = True
         return audio, present

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from avtrain.config import DataConfig
-from avtrain.data.augment import View, masked_log_mel, pixels, random_view
+from avtrain.data.augment import SoundAugmentation, View, augmented_log_mel, pixels, random_view
 from avtrain.data.decode import ClipUnreadable, Planes, decode_frames, decode_log_mel
 from avtrain.data.loader import Batch, check_spec
 from avtrain.data.order import ClipPlace
@@ -74,7 +74,7 @@ class Views:
         crops: 1, the centre (in training: a random one); 3, left, centre and right, or top, centre and bottom.
         sequence: the clips are the segments of one row, for the Transformers; else each is a row.
         random_start: in training, a clip starts anywhere instead.
-        frequency_mask, time_mask: in training, the largest share of the log-mel that is masked.
+        sound: in training, what happens to the log-mel.
     """
 
     modality: str
@@ -82,8 +82,7 @@ class Views:
     crops: int = 1
     sequence: bool = False
     random_start: bool = False
-    frequency_mask: float = 0.0
-    time_mask: float = 0.0
+    sound: SoundAugmentation = SoundAugmentation()
 
 
 class ViewItem(NamedTuple):
@@ -202,7 +201,7 @@ class ViewDataset(Dataset[Any]):
             segments[column, :, :there.shape[1]] = there
             present[column] = there.shape[1] >= max(1, min(config.mel_frames // 2, spectrogram.shape[1]))
         if random is not None:
-            segments = masked_log_mel(segments, self.views.frequency_mask, self.views.time_mask, random)
+            segments = augmented_log_mel(segments, self.views.sound, random)
         return torch.from_numpy(segments)[:, None], present
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from avtrain.config import DataConfig
+from avtrain.data.augment import SoundAugmentation
 from avtrain.data.loader import batches
 from avtrain.data.shards import ShardReader, open_folders
 from avtrain.data.views import ViewDataset, ViewItem, Views, collate_rows, list_clips, start_frames
@@ -103,7 +104,7 @@ def test_what_is_left_out_or_lacking_is_absent(folder):
 
 def test_training_views_differ_by_epoch_and_part_and_are_the_same_every_time(folder):
     clip = _clip(folder, "wide")
-    views = Views("both", 10, frequency_mask=0.3, time_mask=0.3)
+    views = Views("both", 10, sound=SoundAugmentation(frequency_mask=0.3, time_mask=0.3))
     one = _rows(folder, clip, views, 3, 0)
     assert one.visual.shape == (1, 1, 3, 32, 32, 32)
     again = _rows(folder, clip, views, 3, 0)
@@ -112,6 +113,16 @@ def test_training_views_differ_by_epoch_and_part_and_are_the_same_every_time(fol
         assert not torch.equal(one.visual, other.visual) and not torch.equal(one.audio, other.audio)
     lumas = [_rows(folder, clip, views, part, 0).visual.float()[0, 0, :, 0].mean() for part in (0, 9)]
     assert lumas[1] - lumas[0] > 100  # 128 frames later
+
+
+def test_views_for_training_are_heard_as_of_another_recording(folder):
+    clip = _clip(folder, "wide")
+    plain = Views("audio", 10)
+    for sound in (SoundAugmentation(equalizer=1.0), SoundAugmentation(noise=(0.0, 3.0)),
+                  SoundAugmentation(frequency_shift=40)):
+        views = Views("audio", 10, sound=sound)
+        assert not torch.equal(_rows(folder, clip, views, 3, 0).audio, _rows(folder, clip, plain, 3, 0).audio)
+        assert torch.equal(_rows(folder, clip, views, 3, None).audio, _rows(folder, clip, plain, 3, None).audio)
 
 
 def test_random_starts_reach_the_whole_recording(folder):
