@@ -183,10 +183,11 @@ def protocol_for(task: str, name: str, recipe: str, overrides: Iterable[str] = (
 
 
 def _small_finetune(published: Protocol) -> Protocol:
-    """All weights from anywhere at one rate; stronger masks, and sound as of another recording; one random clip of a
-    video an epoch, or a sequence."""
+    """All weights from anywhere at one rate; stronger masks; one random clip of a video an epoch, its sound as of another
+    recording, or a sequence, whose clips go together."""
     return dataclasses.replace(
         published, epochs=30 if published.sequence else 60, batch_size=16 if published.sequence else 32,
         head_rate=3e-3, backbone_rate=3e-3, warmup=0.1, weight_decay=1e-4, adam_eps=1e-8, dropout=0.2,
         label_smoothing=0.1 if published.loss == "cross_entropy" else 0.0, random_start=not published.sequence,
-        test_crops=1, frequency_mask=0.2, time_mask=0.2, equalizer=0.5, frequency_shift=2)
+        test_crops=1, frequency_mask=0.2, time_mask=0.2,
+        equalizer=0.0 if published.sequence else 0.5, frequency_shift=0 if published.sequence else 2)
