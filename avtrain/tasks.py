@@ -183,8 +183,8 @@ def protocol_for(task: str, name: str, recipe: str, overrides: Iterable[str] = (
 
 
 def _small_finetune(published: Protocol) -> Protocol:
-    """All weights from anywhere at one rate; stronger masks; one random clip of a video an epoch, its sound as of another
-    recording, or a sequence, whose clips go together."""
+    """All weights from anywhere at one rate; stronger masks; a sequence, or one random clip of a video an epoch, with
+    sound as of another recording."""
     return dataclasses.replace(
         published, epochs=30 if published.sequence else 60, batch_size=16 if published.sequence else 32,
         head_rate=3e-3, backbone_rate=3e-3, warmup=0.1, weight_decay=1e-4, adam_eps=1e-8, dropout=0.2,
