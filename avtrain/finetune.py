@@ -133,8 +133,8 @@ def finetune(model: AVBert, folder: ShardFolder, train: list[ListedClip], valida
     generator = seed_everything(seed)
     classifier = Classifier(model, len(folder.classes), modality, protocol.sequence, protocol.dropout)
     classifier.to(runtime.device)
-    sound = SoundAugmentation(protocol.equalizer, protocol.noise, protocol.frequency_shift, protocol.frequency_mask,
-                              protocol.time_mask)
+    sound = SoundAugmentation(equalizer=protocol.equalizer, frequency_shift=protocol.frequency_shift,
+                              frequency_mask=protocol.frequency_mask, time_mask=protocol.time_mask)
     views = Views(modality, protocol.train_views, sequence=protocol.sequence, random_start=protocol.random_start,
                   sound=sound)
     whole = protocol.sequence or protocol.random_start

@@ -181,8 +181,8 @@ class Objectives(nn.Module):
 class Predictor(nn.Module):
     """FFN (two layers) on outputs and W_I on local embeddings. W_I is a weight matrix divided by sqrt(D).
 
-    Undivided, one Adam step moves all D x D weights by the learning rate, and a score by up to D^2 times it: 59 for the
-    paper's 768 at 1e-4, where ln(candidates) is 4. The loss then grew from the second step on without a long warm-up.
+    Undivided, one Adam step moves all D x D weights by the learning rate, and a score of unit entries by up to D^2
+    times it: 59 for the paper's 768 at 1e-4, where ln(candidates) is 4.
 
     At the start, FFN is near the identity and W_I a small part of it: what is alike scores a little higher. All scores
     are nearly equal, so that the first loss is that of chance, ln(candidates), but the gradient already has a sense.
@@ -228,6 +228,7 @@ def wrong_sounds(eligible: Tensor, draws: int, generator: torch.Generator) -> li
 
     Args:
         eligible: (batch,) boolean, clips that have both modalities.
+        draws: how often.
 
     Returns:
         For each draw, (batch,) clip numbers.

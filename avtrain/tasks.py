@@ -63,8 +63,6 @@ class Protocol:
     """Largest share of a clip's time that is masked in training (finetune)."""
     equalizer: float = 0.0
     """In training, every clip's sound goes through a random filter: deviation of its gains, in nats (finetune)."""
-    noise: tuple[float, ...] = ()
-    """In training, noise of a mean log-mel drawn between these two is added; empty: none (finetune)."""
     frequency_shift: int = 0
     """In training, sound is shifted by up to so many mel bands (finetune)."""
     standardize: bool = False
@@ -83,8 +81,6 @@ class Protocol:
             _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and under 1")
         for name in ("frequency_mask", "time_mask"):
             _check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
-        _check(len(self.noise) in (0, 2) and list(self.noise) == sorted(self.noise), "noise", self.noise,
-               "[quietest, loudest], or [] for none,")
         _check(self.head_rate > 0, "head_rate", self.head_rate, "above 0")
         _check(self.loss in LOSSES, "loss", self.loss, "one of " + ", ".join(LOSSES))
         _check(self.test_crops in (1, 3), "test_crops", self.test_crops, "1 or 3")

@@ -108,8 +108,8 @@ def another_recording(segments: NDArray[np.float32], equalizer: float, noise: tu
                       random: Generator) -> NDArray[np.float32]:
     """Every segment as if it had been recorded somewhere else: shifted, filtered, louder or quieter, noisy.
 
-    Anew for every segment, since microphone, room and noise floor are the same all through a real recording: left in,
-    they tell masked prediction which clip a segment is from, and nothing about the sounds has to be learned.
+    Anew for every segment: microphone, room and noise floor, the same all through a real recording, then don't tell
+    masked prediction which clip a segment is from.
 
     Args:
         segments: (segments, mels, frames) log-mel, in nats.

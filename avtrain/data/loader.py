@@ -90,6 +90,8 @@ class ClipDataset(Dataset[Any]):
         self._step = check_spec(folder, config)
         self._references = self._step % folder.spec.get("reference_step", self._step + 1) == 0
         self._folder, self._config, self._seed = folder, config, seed
+        self._sound = SoundAugmentation(config.equalizer, config.noise, config.frequency_shift, config.frequency_mask,
+                                        config.time_mask)
         self._reader: ShardReader | None = None
 
     def __getitems__(self, at: Sequence[tuple[ClipPlace, int]]) -> Batch:
@@ -186,9 +188,7 @@ class ClipDataset(Dataset[Any]):
         spectrogram = np.pad(spectrogram, ((0, 0), (0, whole * config.mel_frames - spectrogram.shape[1])))
         segments = spectrogram.reshape(config.mels, whole, config.mel_frames).transpose(1, 0, 2)
         if random is not None:
-            how = SoundAugmentation(config.equalizer, config.noise, config.frequency_shift, config.frequency_mask,
-                                    config.time_mask)
-            segments = augmented_log_mel(segments, how, random)
+            segments = augmented_log_mel(segments, self._sound, random)
         audio[:whole, 0] = torch.from_numpy(np.ascontiguousarray(segments))
         present[:whole] = True
         return audio, present

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -130,11 +131,10 @@ class ViewDataset(Dataset[Any]):
         item, epoch = at
         self._reader = self._reader or ShardReader(self.folder)  # opened in the worker, not before it is forked
         key, members = self._reader.read(*item.place, self.views.modality)
-        info = self._reader.read_info(*item.place)[1]
         random = (None if self._seed is None else
                   np.random.default_rng([self._seed, epoch, *item.place, 0 if item.part is None else 1 + item.part]))
         try:
-            return self._rows(key, members, info, item.part, random)
+            return self._rows(key, members, json.loads(members["json"]), item.part, random)
         except (ClipUnreadable, KeyError, ValueError) as error:
             return f"{self.folder.shards[item.place.shard].url}: {key}: {error}"
 
