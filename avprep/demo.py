@@ -138,7 +138,7 @@ def _pictures(name: str, score: _Score, rng: Generator) -> NDArray[np.uint8]:
 def _scene_pictures(pose: _Pose, count: int, size: float, rng: Generator) -> NDArray[np.uint8]:
     """Shapes of random colours, turns and places over a background, all moved in the same way."""
     y, x = (np.mgrid[0:_HEIGHT, 0:_WIDTH] / _HEIGHT).astype(np.float32)
-    frames = np.repeat(_background(x, y, rng)[None], count, axis=0)
+    frames = np.repeat(_background(x, y, rng)[:, None], count, axis=1)  # (3, frames, height, width)
     by_frame = {axis: np.broadcast_to(np.asarray(value, np.float32), count)[:, None, None]
                 for axis, value in vars(pose).items()}
     side = np.float32(rng.choice([-1.0, 1.0]))  # sideways and turning motions begin either way
@@ -146,19 +146,19 @@ def _scene_pictures(pose: _Pose, count: int, size: float, rng: Generator) -> NDA
     for _ in range(_SHAPES):
         _draw_shape(frames, x, y, moved, np.float32(0.06 + 0.16 * size), rng)
     # One field of noise, shifted from frame to frame, costs a fraction of fresh noise.
-    noise = rng.uniform(1, 4) * rng.standard_normal((2 * _HEIGHT, 2 * _WIDTH, 1), np.float32)
-    for frame, down, across in zip(frames, rng.integers(_HEIGHT, size=count), rng.integers(_WIDTH, size=count),
-                                   strict=True):
-        frame += noise[down : down + _HEIGHT, across : across + _WIDTH]
-    return frames.clip(0, 255, out=frames).astype(np.uint8)
+    noise = rng.uniform(1, 4) * rng.standard_normal((2 * _HEIGHT, 2 * _WIDTH), np.float32)
+    downs, acrosses = rng.integers(_HEIGHT, size=count), rng.integers(_WIDTH, size=count)
+    for number, (down, across) in enumerate(zip(downs, acrosses, strict=True)):
+        frames[:, number] += noise[down : down + _HEIGHT, across : across + _WIDTH]
+    return np.moveaxis(frames.clip(0, 255, out=frames).astype(np.uint8), 0, -1)
 
 
 def _background(x: Floats, y: Floats, rng: Generator) -> Floats:
-    """Two colours in a wavy blend: (height, width, 3), 0 to 255."""
-    first, second = rng.uniform(0, 255, size=(2, 3))
+    """Two colours in a wavy blend: (3, height, width), 0 to 255."""
+    first, second = rng.uniform(0, 255, size=(2, 3, 1, 1))
     direction = rng.uniform(-4, 4, size=2)
     blend = 0.5 + 0.5 * np.sin(direction[0] * x + direction[1] * y + rng.uniform(0, 6) + np.sin(5 * x * y))
-    return np.asarray(first + blend[..., None] * (second - first), np.float32)
+    return np.asarray(first + blend * (second - first), np.float32)
 
 
 def _draw_shape(frames: Floats, x: Floats, y: Floats, pose: _Pose, length: np.float32, rng: Generator) -> None:
@@ -166,11 +166,17 @@ def _draw_shape(frames: Floats, x: Floats, y: Floats, pose: _Pose, length: np.fl
     place = rng.uniform(0.1, (_WIDTH / _HEIGHT - 0.1, 0.9)).astype(np.float32)
     thickness = length * np.float32(rng.uniform(0.4, 0.7))
     turn = np.float32(rng.uniform(0, np.pi)) + pose.angle
-    across, down = x - (place[0] + pose.x), y - (place[1] + pose.y)
+    colour = rng.uniform(0, 255, size=(3, 1, 1, 1)).astype(np.float32)
+    centre_x, centre_y = place[0] + pose.x, place[1] + pose.y
+    # Only where the shape ever is. It reaches as far as its corners, and an edge that is one pixel soft.
+    reach = np.hypot(length, thickness) * np.max(pose.scale) + 2 / _HEIGHT
+    rows, columns = (slice(max(0, int((np.min(centre) - reach) * _HEIGHT)), int((np.max(centre) + reach) * _HEIGHT) + 1)
+                     for centre in (centre_y, centre_x))
+    across, down = x[rows, columns] - centre_x, y[rows, columns] - centre_y
     along = np.abs(np.cos(turn) * across + np.sin(turn) * down) - length * pose.scale
     beside = np.abs(np.cos(turn) * down - np.sin(turn) * across) - thickness * pose.scale
-    coverage = (0.5 - _HEIGHT * np.maximum(along, beside)).clip(0, 1) * pose.alpha  # the edge is one pixel soft
-    frames += coverage[..., None] * (rng.uniform(0, 255, size=3).astype(np.float32) - frames)
+    coverage = (0.5 - _HEIGHT * np.maximum(along, beside)).clip(0, 1) * pose.alpha
+    frames[..., rows, columns] += coverage * (colour - frames[..., rows, columns])
 
 
 def _sound(name: str, score: _Score, rng: Generator) -> Floats:
@@ -189,13 +195,14 @@ def _sound(name: str, score: _Score, rng: Generator) -> Floats:
     drone_hz = (100 * 2 ** rng.uniform(0, 4.3, size=scenes))[scene]
     drone_loudness = 10 ** rng.uniform(-1.8, -1.0, size=scenes)[scene]
 
+    positions, coarse = np.arange(samples) / (_SAMPLE_RATE_HZ / 441), np.arange(len(coarse_s))
+
     def fine(values: NDArray[np.floating]) -> Floats:
-        positions = np.arange(samples) / (_SAMPLE_RATE_HZ / 441)
-        return np.asarray(np.interp(positions, np.arange(len(values)), values), np.float32)
+        return np.asarray(np.interp(positions, coarse, values), np.float32)
 
     def tone(hz: NDArray[np.floating], harmonics: int) -> Floats:
         cycles = np.cumsum(fine(hz), dtype=np.float64) / _SAMPLE_RATE_HZ
-        phase = (2 * np.pi * (cycles % 1)).astype(np.float32)
+        phase = (2 * np.pi * (cycles - np.floor(cycles))).astype(np.float32)
         wave = np.zeros(samples, np.float32)
         for harmonic in range(harmonics, 0, -1):
             wave = wave * bright + np.sin(harmonic * phase)
