@@ -18,7 +18,8 @@ from avtrain.tasks import protocol_for
 from avtrain.transfer import Source, Trial, evaluate_task, load_source, random_source
 from benchmarks.learned import trained
 
-PRESET, RECIPE = "sound", "small"
+PRESET = "sound"
+WAYS = (("linear", "published"), ("linear", "small"), ("finetune", "small"))  # protocol, recipe
 FOLDS = ("1", "2", "3", "4", "5")
 
 
@@ -39,17 +40,18 @@ def main() -> None:
         pretrained(config, fold, options.shards, options.out, runtime)
     rows: dict[str, list[dict[str, Figure]]] = {}
     minutes: dict[str, float] = {}
-    for name in ("linear", "finetune"):
-        trial = Trial("esc10", name, protocol_for("esc10", name, RECIPE, of_transfer), "audio", seed=options.seed)
+    for name, recipe in WAYS:
+        trial = Trial("esc10", name, protocol_for("esc10", name, recipe, of_transfer), "audio", seed=options.seed)
         for start in ("random", "pretrained"):
-            began = time.monotonic()
-            rows[f"{start}, {name}"] = [
+            began, label = time.monotonic(), f"{start}, {name} ({recipe})"
+            rows[label] = [
                 transferred(random_source(PRESET, of_preset, options.seed) if start == "random"
                             else pretrained(config, fold, options.shards, options.out, runtime),
-                            trial, fold, options.shards, options.out / start, runtime) for fold in options.folds]
-            minutes[f"{start}, {name}"] = (time.monotonic() - began) / 60
+                            trial, fold, options.shards, options.out / start / f"{name}-{recipe}-fold{fold}",
+                            options.out / start / "features", runtime) for fold in options.folds]
+            minutes[label] = (time.monotonic() - began) / 60
     print("\nESC-10, top-1 in percent; the mean with its 95 % bootstrap interval over recordings.\n")
-    print("| start, protocol | " + " | ".join(f"fold {fold}" for fold in options.folds) + " | mean | minutes |")
+    print("| start, protocol (recipe) | " + "".join(f"fold {fold} | " for fold in options.folds) + "mean | minutes |")
     print("|---" * (len(options.folds) + 3) + "|")
     for label, of_folds in rows.items():
         mean = mean_figures(of_folds)["top1"]
@@ -66,13 +68,12 @@ def pretrained(config: Config, fold: str, shards: Path, out: Path, runtime: Runt
                                runtime))
 
 
-def transferred(source: Source, trial: Trial, fold: str, shards: Path, out: Path,
+def transferred(source: Source, trial: Trial, fold: str, shards: Path, out: Path, cache: Path,
                 runtime: Runtime) -> dict[str, Figure]:
-    """`avtrain eval --task esc10 --recipe small --split FOLD`, in figures that can be averaged over folds."""
-    folder = out / f"{trial.protocol_name}-fold{fold}"
-    resume = (folder / "settings.json").is_file()
-    evaluate_task(source, trial, [fold], shards, folder, out / "features", runtime, resume)
-    return figures(read_predictions(folder / "predictions.jsonl"), False, trial.seed)
+    """`avtrain eval --task esc10 --split FOLD`, in figures that can be averaged over folds."""
+    resume = (out / "settings.json").is_file()
+    evaluate_task(source, trial, [fold], shards, out, cache, runtime, resume)
+    return figures(read_predictions(out / "predictions.jsonl"), False, trial.seed)
 
 
 if __name__ == "__main__":

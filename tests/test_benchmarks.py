@@ -59,10 +59,12 @@ def test_esc_report(shards, media, avprep, tmp_path):
     printed = _run("esc_report", "--shards", out, "--out", tmp_path, "--folds", 2, "--set", "training.steps=2", "--set",
                    "transfer.epochs=1")
     rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")]
-    assert [row[0].strip() for row in rows[1:]] == ["random, linear", "pretrained, linear", "random, finetune",
-                                                    "pretrained, finetune"]
-    shown = json.loads((tmp_path / "pretrained/finetune-fold2/results.json").read_text())["mean"]["top1"]["percent"]
-    assert float(rows[4][1]) == pytest.approx(shown, abs=0.06)
+    assert [row[0].strip() for row in rows[1:]] == [
+        f"{start}, {way}" for way in ("linear (published)", "linear (small)", "finetune (small)")
+        for start in ("random", "pretrained")]
+    for row, folder in ((rows[2], "linear-published"), (rows[6], "finetune-small")):
+        results = json.loads((tmp_path / f"pretrained/{folder}-fold2/results.json").read_text())
+        assert float(row[1]) == pytest.approx(results["mean"]["top1"]["percent"], abs=0.06)
     learned_on = json.loads((tmp_path / "pretrained-without-fold2/config.json").read_text())
     assert learned_on["data"]["modality"] == "audio"
     assert (tmp_path / "pretrained-without-fold2").is_dir() and not (tmp_path / "pretrained-without-fold1").exists()
