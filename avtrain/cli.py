@@ -211,25 +211,37 @@ def evaluate(task: str, checkpoint: Path | None, init: str | None, preset: str, 
     if (checkpoint is None) == (init is None):
         raise AvtrainError("say what to transfer: --checkpoint FILE, or --init random for a network that has learned "
                            "nothing (one of the two)")
-    names = [task] if task != "all" else list(present_tasks(shards))
-    if not names:
-        raise AvtrainError(f"--task all: no task has all shards of a split in {shards}")
     of_protocol = [override for override in overrides if override.startswith("transfer.")]
     of_model = [override for override in overrides if not override.startswith("transfer.")]
     source = load_source(checkpoint, of_model) if checkpoint else random_source(preset, of_model, seed)
     runtime = choose_runtime(device, precision)
-    rows = []
+    there = {name: wanted for name, complete in present_tasks(shards).items()
+             if (wanted := [one for one in complete if split in ("all", one)])}
+    names = [task] if task != "all" else list(there)
+    if not names:
+        raise AvtrainError(f"--task all --split {split}: no task has all shards of a split in {shards}")
+    rows, failed = [], []
     for name in names:
         chosen, seen = protocol or TASKS[name].protocol, modality or TASKS[name].modality
         trial = Trial(name, chosen, protocol_for(name, chosen, recipe, of_protocol), seen, validation, seed)
+        splits = splits_of(name, split, shards) if task != "all" else there[name]
         start = source.sha256[:8] or "random"
         folder = out / name if out and task == "all" else out or Path("runs/eval") / f"{name}-{chosen}-{seen}-{start}"
-        splits = (splits_of(name, split, shards) if task != "all" else present_tasks(shards)[name])
-        results = evaluate_task(source, trial, splits, shards, folder, cache, runtime, resume)
+        begun = task != "all" or (folder / "settings.json").is_file()  # of all, some may not have been reached
+        try:
+            results = evaluate_task(source, trial, splits, shards, folder, cache, runtime, resume and begun)
+        except AvtrainError as error:
+            if task != "all":
+                raise
+            failed.append(f"{name}: {str(error).removeprefix(f'{name}: ')}")
+            continue
         rows.append(results)
         _print_results(results, folder)
-    if task == "all":
+    if rows and task == "all":
         _print_table(rows)
+    if failed:
+        raise AvtrainError("\n  ".join([f"{len(failed)} of {len(names)} tasks could not be evaluated:",
+                                        *failed]))
 
 
 def _figure(of: dict[str, Any]) -> str:

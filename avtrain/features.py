@@ -68,7 +68,7 @@ def frozen_features(model: AVBert, folder: ShardFolder, config: DataConfig, runt
         folder: the shards; clips that can't be decoded are left out.
         config: what a clip looks like.
         runtime: device and precision.
-        cache: folder of cached features, named by weights, shards, view and precision; None: nothing is kept.
+        cache: folder of cached features, named by network, shards, view and precision; None: nothing is kept.
 
     Raises:
         AvtrainError: shards and settings don't fit, or more than 1 % of the clips can't be decoded.
@@ -81,7 +81,7 @@ def frozen_features(model: AVBert, folder: ShardFolder, config: DataConfig, runt
         bar = tqdm(supply, "features", len(places), unit="batch", **bar_options())
         return _extract(model, bar, runtime, folder.clips)
 
-    return _cached(compute, cache, [weights_hash(model), folder.fingerprint, str(runtime.autocast_dtype), view])
+    return _cached(compute, cache, [*_identity(model), folder.fingerprint, str(runtime.autocast_dtype), view])
 
 
 def view_features(model: AVBert, dataset: ViewDataset, runtime: Runtime, cache: Path | None = None) -> Features:
@@ -112,7 +112,7 @@ def view_features(model: AVBert, dataset: ViewDataset, runtime: Runtime, cache: 
                                                                 "audio_local") if name.startswith(left_out)})
 
     view = [config.segment_frames, config.scale[0], dataclasses.asdict(views)]
-    return _cached(compute, cache, [weights_hash(model), folder.fingerprint, str(runtime.autocast_dtype), view])
+    return _cached(compute, cache, [*_identity(model), folder.fingerprint, str(runtime.autocast_dtype), view])
 
 
 @torch.no_grad()
@@ -125,6 +125,8 @@ def _extract(model: AVBert, supply: Iterable[Batch], runtime: Runtime, clips: in
     parts: dict[str, list[Tensor]] = {}
     for batch in supply:
         unreadable.add(batch.unreadable)
+        if not batch.keys:
+            continue
         with runtime.autocast():
             inputs = batch.tensors(runtime.device)
             output = model(*inputs) if tokens else model.embed(*inputs)[0]
@@ -167,6 +169,11 @@ def _read(path: Path) -> Features:
     with safe_open(path, framework="pt") as file:
         keys, labels = json.loads((file.metadata() or {})["clips"])
         return Features(keys, labels, **{name: file.get_tensor(name) for name in file.keys()})
+
+
+def _identity(model: AVBert) -> list[Any]:
+    """What tells networks apart: some settings, as the scale of log-mels and the stem's stride, show in no weight."""
+    return [weights_hash(model), dataclasses.asdict(model.config)]
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -21,6 +21,7 @@ from avtrain.data.order import at_epoch
 from avtrain.data.shards import ShardFolder
 from avtrain.data.views import ListedClip, ViewDataset, ViewItem, Views, collate_rows
 from avtrain.engine import Run
+from avtrain.errors import AvtrainError
 from avtrain.files import written_whole
 from avtrain.models.avbert import AVBert
 from avtrain.models.heads import ClipHead, SequenceHead
@@ -159,6 +160,8 @@ def finetune(model: AVBert, folder: ShardFolder, train: list[ListedClip], valida
         run.resume()
 
     def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        if not batch.keys:
+            raise AvtrainError(f"not one clip of a batch could be decoded; the first: {batch.unreadable[0]}")
         logits, counts = classifier(*batch.tensors(runtime.device))
         return _loss(logits, counts, batch.labels, protocol), {}
 
@@ -224,6 +227,8 @@ def predict(classifier: Classifier, folder: ShardFolder, clips: list[ListedClip]
     supply = batches(ViewDataset(folder, data, views, None), at_epoch(items, 0), data.workers, collate_rows)
     for batch in tqdm(supply, "test", len(items), unit="batch", leave=False, **bar_options()):
         unreadable.add(batch.unreadable)
+        if not batch.keys:
+            continue
         with runtime.autocast():
             logits, counts = classifier(*batch.tensors(runtime.device))
         scores = torch.stack([probabilities(of_head, protocol) for of_head in logits]).mean(0)

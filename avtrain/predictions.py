@@ -96,12 +96,14 @@ def figures(predictions: Predictions, multi_label: bool, seed: int) -> dict[str,
 
 
 def mean_figures(of_splits: Sequence[dict[str, Figure]]) -> dict[str, Figure]:
-    """The mean over splits; its draws are means of the splits' draws, which are independent."""
+    """The mean over splits; its draws are means of the splits' draws, shuffled: with one seed, splits of one size are
+    resampled at the same places, and would rise and fall together."""
     means = {}
     for name in of_splits[0]:
         count = min(len(split[name].draws) for split in of_splits)
         means[name] = Figure(float(np.mean([split[name].value for split in of_splits])),
-                             np.mean([split[name].draws[:count] for split in of_splits], 0))
+                             np.mean([np.random.default_rng(number).permutation(split[name].draws)[:count]
+                                      for number, split in enumerate(of_splits)], 0))
     return means
 
 

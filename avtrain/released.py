@@ -75,7 +75,7 @@ def load_released(checkpoint: str | Path | Mapping[str, Any]) -> AVBert:
     Args:
         checkpoint: a file, or its contents: the state dict, or a dictionary that holds it as `state_dict`. Either the
             whole network, or a network of one modality (UCF101, ESC-50), which holds a CNN and a task's head: then
-            everything but that CNN stays at its random start.
+            everything but that CNN stays at a random start, the same every time.
 
     Returns:
         The model (mid fusion, rank 128), in eval mode, float32. Task heads are left out: see `load_released_heads`.
@@ -85,7 +85,9 @@ def load_released(checkpoint: str | Path | Mapping[str, Any]) -> AVBert:
         OSError: the file can't be read.
     """
     source, state = _read(checkpoint)
-    model = AVBert(ModelConfig())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # what the file does not hold is the same every time: results can be resumed and cached
+        model = AVBert(ModelConfig())
     cnns = [name for name in ("visual_conv", "audio_conv") if any(key.startswith(f"{name}.") for key in state)]
     wanted = dict(_wanted(model, state, cnns))
     identities = [] if cnns else [

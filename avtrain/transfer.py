@@ -167,13 +167,13 @@ def evaluate_task(source: Source, trial: Trial, splits: list[str], root: Path, o
 
 
 def present_tasks(root: Path) -> dict[str, list[str]]:
-    """Tasks with the splits whose shards are complete below `root`."""
+    """Tasks with the splits whose shards are complete below `root`; of folder's, test or val, whichever there is."""
     found = {}
     for name, task in TASKS.items():
         splits = [split for split, (train, test) in task.splits.items()
                   if all((root / task.dataset / part / "index.json").is_file() for part in (*train, *test))]
         if splits:
-            found[name] = splits
+            found[name] = splits if name != "folder" else splits[:1]
     return found
 
 
@@ -187,8 +187,8 @@ def splits_of(name: str, wanted: str, root: Path) -> list[str]:
     if wanted != "all" and wanted not in task.splits:
         raise AvtrainError(f"--split {wanted}: {name} has {', '.join(task.splits)}, or all")
     splits = [wanted] if wanted != "all" else list(task.splits)
-    if name == "folder" and wanted == "all":  # test or val, whichever there is
-        splits = [split for split in splits if split in present_tasks(root).get(name, [])][:1] or splits[:1]
+    if name == "folder" and wanted == "all":
+        splits = present_tasks(root).get(name, splits[:1])
     for split in splits:
         for part in (part for parts in task.splits[split] for part in parts):
             index = root / task.dataset / part / "index.json"
@@ -357,8 +357,8 @@ def _check_folder(out: Path, settings: dict[str, Any], trial: Trial, resume: boo
             names = ", ".join(sorted(name for name in settings if before.get(name) != settings[name]))
             raise AvtrainError(f"--resume: {names} differ from those in {path}; use the same checkpoint and options")
         return
-    holds_work = [*out.glob("split-*/checkpoints"), *out.glob(_RESULTS)]
-    if holds_work and trial.protocol_name == "finetune":
+    results = [*out.glob(_RESULTS)] if trial.protocol_name == "finetune" else []  # others take seconds to make again
+    if [*out.glob("split-*/checkpoints"), *results]:
         raise AvtrainError(f"{out} holds an evaluation already: go on with --resume, or choose another folder with "
                            "--out")
     for old in out.glob("split-*/" + _PREDICTIONS):

@@ -20,7 +20,6 @@ from avtrain.data.decode import ClipUnreadable, Planes, decode_frames, decode_lo
 from avtrain.data.loader import Batch, check_spec
 from avtrain.data.order import ClipPlace
 from avtrain.data.shards import ShardFolder, ShardReader
-from avtrain.errors import AvtrainError
 
 _CLIP_NUMBER = re.compile(r"-\d{4,}$")
 
@@ -206,11 +205,12 @@ class ViewDataset(Dataset[Any]):
 
 
 def collate_rows(items: Sequence[_Rows | str]) -> Batch:
-    """One batch of all rows, leaving out what could not be decoded."""
+    """One batch of all rows, leaving out what could not be decoded; maybe without any."""
     good = [item for item in items if isinstance(item, _Rows)]
     unreadable = [item for item in items if isinstance(item, str)]
     if not good:
-        raise AvtrainError(f"not one clip of a batch could be decoded; the first: {unreadable[0]}")
+        nothing = torch.empty(0)
+        return Batch(nothing, nothing, nothing, nothing, [], [], unreadable)
     return Batch(torch.cat([item.visual for item in good]), torch.cat([item.audio for item in good]),
                  torch.cat([item.visual_present for item in good]), torch.cat([item.audio_present for item in good]),
                  [item.labels for item in good for _ in item.visual], [item.key for item in good for _ in item.visual],

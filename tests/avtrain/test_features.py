@@ -1,5 +1,6 @@
 """Frozen features: the model's own outputs, cached, and never mixed up."""
 
+import dataclasses
 import shutil
 
 import pytest
@@ -69,6 +70,14 @@ def test_the_cache_is_used_and_another_model_or_view_has_its_own(folder, model, 
     assert not torch.allclose(other.audio_pooled, first.audio_pooled)
     torch.testing.assert_close(other.visual_pooled, first.visual_pooled)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_settings_without_weights_have_their_own_cache(folder, model, tmp_path):
+    first = frozen_features(model, folder, DATA, CPU, tmp_path)
+    shifted = AVBert(dataclasses.replace(model.config, log_mel_mean=model.config.log_mel_mean - 3))
+    shifted.load_state_dict(model.state_dict())
+    other = frozen_features(shifted, folder, DATA, CPU, tmp_path)
+    assert not torch.allclose(other.audio_pooled, first.audio_pooled)
 
 
 def test_a_damaged_cache_is_made_again(folder, model, tmp_path):

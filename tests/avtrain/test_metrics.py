@@ -76,3 +76,10 @@ def test_mean_over_splits_is_narrower_than_a_split(random):
     assert mean.value == 60
     assert mean.interval()[1] - mean.interval()[0] < 0.7 * (splits[0]["top1"].interval()[1]
                                                            - splits[0]["top1"].interval()[0])
+
+
+def test_splits_of_one_seed_are_resampled_independently(random):
+    split = {"top1": Figure(80.0, 100 * bootstrap_means(np.arange(80) < 64, 0))}
+    low, high = mean_figures([split] * 5)["top1"].interval()
+    alone = split["top1"].interval()
+    assert high - low == pytest.approx((alone[1] - alone[0]) / np.sqrt(5), rel=0.15)

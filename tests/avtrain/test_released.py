@@ -12,6 +12,7 @@ from torch import Tensor
 
 import avtrain
 from avtrain.errors import AvtrainError
+from avtrain.features import weights_hash
 from avtrain.models.avbert import AVBert, AVBertOutput
 from avtrain.released import load_released_heads
 
@@ -93,6 +94,7 @@ def test_cnn_alone_and_cached_rotations(released_state: dict[str, Tensor], refer
                                            "cache_B": torch.zeros(2)}}, path)
     model = avtrain.load_released(path)
     assert not model.training
+    assert weights_hash(avtrain.load_released(path)) == weights_hash(model)  # the rest too: else nothing is resumed
     with torch.no_grad():
         pooled = model(None, drawn("input.audio", (1, 3, 1, 80, 128)).float()).audio_pooled
     assert_equal(pooled, reference["audio_pooled"])

@@ -15,7 +15,7 @@ from avtrain.checkpoint import save_model
 from avtrain.cli import main
 from avtrain.config import read_config
 from avtrain.data.order import ClipPlace
-from avtrain.data.views import ListedClip
+from avtrain.data.views import ListedClip, collate_rows
 from avtrain.engine import Run
 from avtrain.models.avbert import AVBert
 from avtrain.tasks import TASKS, protocol_for
@@ -259,6 +259,36 @@ def test_all_tasks_that_are_there_in_one_table(tree, tmp_path):
     rows = [line for line in done.output.splitlines() if line.startswith("| ")][1:]
     assert [row.split(" | ")[0] for row in rows] == ["| ucf101", "| esc10", "| kinetics-sounds", "| charades"]
     assert (tmp_path / "all" / "charades" / "results.json").is_file()
+
+
+def test_all_tasks_go_on_where_they_were_stopped_and_one_that_fails_does_not_stop_the_others(tree, tmp_path):
+    options = ("--protocol", "knn", "--recipe", "small", *_settings(QUICK))
+    assert _eval(tree, tmp_path, "all", *options, "--split", "2").exit_code == 0
+    before = _predictions(tmp_path / "ucf101")
+    shutil.rmtree(tmp_path / "esc10")  # as if it had been stopped before
+    done = _eval(tree, tmp_path, "all", *options, "--split", "2", "--resume")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "esc10" / "results.json").is_file() and _predictions(tmp_path / "ucf101") == before
+    assert not (tmp_path / "charades").exists()  # it has no second split
+
+    done = _eval(tree, tmp_path / "visual", "all", *options, "--modality", "visual")
+    assert done.exit_code == 1 and "1 of 4 tasks could not be evaluated" in done.output, done.output
+    assert "esc10: not one training clip has picture" in done.output
+    rows = [line for line in done.output.splitlines() if line.startswith("| ")][1:]
+    assert [row.split(" | ")[0] for row in rows] == ["| ucf101", "| kinetics-sounds", "| charades"]
+
+
+def test_another_protocol_does_not_replace_what_took_long(tree, tmp_path):
+    assert _eval(tree, tmp_path, "ucf101", *_settings(QUICK), "--split", "2").exit_code == 0
+    before = _results(tmp_path)
+    done = _eval(tree, tmp_path, "ucf101", "--protocol", "knn", "--split", "2", *_settings(QUICK))
+    assert done.exit_code == 1 and "holds an evaluation already" in done.output
+    assert _results(tmp_path) == before
+
+
+def test_a_batch_of_which_nothing_can_be_decoded_is_empty():
+    batch = collate_rows(["a-0000: damaged"])
+    assert batch.keys == [] and batch.unreadable == ["a-0000: damaged"]
 
 
 @pytest.mark.parametrize(("task", "key", "group"), [
