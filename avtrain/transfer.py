@@ -34,6 +34,7 @@ from avtrain.runtime import Runtime, seed_everything
 from avtrain.tasks import TASKS, Protocol, Task
 
 _SETTINGS, _RESULTS, _PREDICTIONS = "settings.json", "results.json", "predictions.jsonl"
+_SHARDS = "shards.json"
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,8 @@ def evaluate_task(source: Source, trial: Trial, splits: list[str], root: Path, o
     task = TASKS[trial.task]
     settings = {**dataclasses.asdict(trial), "views": _views_json(trial), "data": dataclasses.asdict(source.data),
                 "model": dataclasses.asdict(source.model.config), "checkpoint": source.name,
-                "checkpoint_sha256": source.sha256, "weights": weights_hash(source.model)}
+                "checkpoint_sha256": source.sha256, "weights": weights_hash(source.model),
+                "precision": str(runtime.autocast_dtype or torch.float32)}
     _check_folder(out, settings, trial, resume)
     of_splits, predicted, shards = [], {}, {}
     for split in splits:
@@ -155,7 +157,7 @@ def evaluate_task(source: Source, trial: Trial, splits: list[str], root: Path, o
         "classes": len(classes), "of_classes": task.classes or len(classes), "settings": settings,
         "shards": {split: {name: entry[name] for name in ("train", "test", "fps", "videos")}
                    for split, entry in shards.items()},
-        "precision": str(runtime.autocast_dtype or torch.float32), "version": __version__, "commit": git_commit()}
+        "precision": settings["precision"], "version": __version__, "commit": git_commit()}
     write_predictions(out / _PREDICTIONS, predicted)
     if not next(iter(shards.values()))["multi_label"]:
         draw_confusion(out / "confusion.png", sum(
@@ -214,6 +216,7 @@ def _one_split(source: Source, trial: Trial, split: str, root: Path, out: Path, 
              "classes": list(both.classes), "multi_label": both.multi_label,
              "videos": {part: len({clip.video for clip in clips}) for part, clips in parts.items()}}
     done = out / _PREDICTIONS
+    _check_shards(out / _SHARDS, [train.fingerprint, test.fingerprint], resume)
     if resume and done.is_file():
         return read_predictions(done), about
     if trial.protocol_name == "finetune":
@@ -343,6 +346,14 @@ def _views_json(trial: Trial) -> dict[str, Any]:
 def _comparable(task: Task, trial: Trial, classes: list[str]) -> bool:
     """Whether the published number is of the same thing."""
     return (len(classes) == task.classes and trial.modality == task.modality and trial.protocol_name == task.protocol)
+
+
+def _check_shards(path: Path, fingerprints: list[str], resume: bool) -> None:
+    """Raise where a split was begun on other shards; else write down on which."""
+    if resume and path.is_file() and json.loads(path.read_text(encoding="utf-8")) != fingerprints:
+        raise AvtrainError(f"--resume: {path.parent} was begun on other shards; choose another folder with --out")
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(fingerprints) + "\n", encoding="utf-8")
 
 
 def _check_folder(out: Path, settings: dict[str, Any], trial: Trial, resume: bool) -> None:

@@ -286,6 +286,19 @@ def test_another_protocol_does_not_replace_what_took_long(tree, tmp_path):
     assert _results(tmp_path) == before
 
 
+def test_other_shards_or_precision_are_no_resumption(tree, tmp_path):
+    shards = tmp_path / "shards"
+    shutil.copytree(tree / "esc10", shards / "esc10")
+    options = ("--protocol", "knn", "--recipe", "small", "--split", "1", *_settings(QUICK))
+    assert _eval(shards, tmp_path / "run", "esc10", *options, "--precision", "float32").exit_code == 0
+    done = _eval(shards, tmp_path / "run", "esc10", *options, "--precision", "bfloat16", "--resume")
+    assert done.exit_code == 1 and "precision differ" in done.output
+    for part, other in (("fold1", "fold2"), ("fold2", "fold1")):
+        shutil.copytree(tree / "esc10" / other, shards / "esc10" / part, dirs_exist_ok=True)
+    done = _eval(shards, tmp_path / "run", "esc10", *options, "--precision", "float32", "--resume")
+    assert done.exit_code == 1 and "begun on other shards" in done.output
+
+
 def test_a_batch_of_which_nothing_can_be_decoded_is_empty():
     batch = collate_rows(["a-0000: damaged"])
     assert batch.keys == [] and batch.unreadable == ["a-0000: damaged"]
