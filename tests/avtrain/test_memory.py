@@ -8,11 +8,11 @@ import sys
 import psutil
 import pytest
 
-WARM_UP, EPOCHS, MOST_GROWTH_MIB = 20, 10, 6
+WARM_UP, EPOCHS, MOST_GROWTH_MIB = 40, 10, 6
 # In a process of its own: the tests' own process holds what other tests have left. A clip is 0.5 MiB of pixels and as
 # much of log-mel: who keeps one an epoch has grown by more than the limit at the end. Pages that processes share count
 # once (pss: each its part). Workers are caught at any point of their work, hence the median over an epoch; and page by
-# page they get their own copies of what they were forked with, which takes about 15 epochs and has an end.
+# page they get their own copies of what they were forked with, which takes 15 to 30 epochs and has an end.
 EPOCHS_OF_A_FOLDER = """
 import gc, json, statistics, sys
 import psutil
