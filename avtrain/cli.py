@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from avtrain.errors import AvtrainError
 
 if TYPE_CHECKING:
     from avtrain.config import Config
+    from avtrain.transfer import Source, Trial
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "AVTRAIN", "show_default": True}
 # --share: layers of a Transformer share, Transformers share, low rank
@@ -202,6 +204,8 @@ def evaluate(task: str, checkpoint: Path | None, init: str | None, preset: str, 
              split: str, modality: str | None, shards: Path, validation: float, seed: int, overrides: tuple[str, ...],
              out: Path | None, cache: Path, resume: bool, device: str | None, precision: str) -> None:
     """Transfer a checkpoint to a task: train on its training split, test on its test split."""
+    from avtrain.config import check_overrides
+    from avtrain.features import TRAINING_ONLY
     from avtrain.runtime import choose_runtime
     from avtrain.tasks import TASKS, protocol_for
     from avtrain.transfer import Trial, evaluate_task, load_source, present_tasks, random_source, splits_of
@@ -211,37 +215,56 @@ def evaluate(task: str, checkpoint: Path | None, init: str | None, preset: str, 
     if (checkpoint is None) == (init is None):
         raise AvtrainError("say what to transfer: --checkpoint FILE, or --init random for a network that has learned "
                            "nothing (one of the two)")
+    check_overrides(overrides, ("transfer", "data") if checkpoint else ("transfer", "data", "model"),
+                    ("segments", "modality", *TRAINING_ONLY))
     of_protocol = [override for override in overrides if override.startswith("transfer.")]
-    of_model = [override for override in overrides if not override.startswith("transfer.")]
-    source = load_source(checkpoint, of_model) if checkpoint else random_source(preset, of_model, seed)
+    of_source = [override for override in overrides if not override.startswith("transfer.")]
+    source = load_source(checkpoint, of_source) if checkpoint else random_source(preset, of_source, seed)
     runtime = choose_runtime(device, precision)
-    there = {name: wanted for name, complete in present_tasks(shards).items()
-             if (wanted := [one for one in complete if split in ("all", one)])}
-    names = [task] if task != "all" else list(there)
-    if not names:
-        raise AvtrainError(f"--task all --split {split}: no task has all shards of a split in {shards}")
-    rows, failed = [], []
-    for name in names:
-        chosen, seen = protocol or TASKS[name].protocol, modality or TASKS[name].modality
-        trial = Trial(name, chosen, protocol_for(name, chosen, recipe, of_protocol), seen, validation, seed)
-        splits = splits_of(name, split, shards) if task != "all" else there[name]
-        start = source.sha256[:8] or "random"
-        folder = out / name if out and task == "all" else out or Path("runs/eval") / f"{name}-{chosen}-{seen}-{start}"
-        begun = task != "all" or (folder / "settings.json").is_file()  # of all, some may not have been reached
-        try:
-            results = evaluate_task(source, trial, splits, shards, folder, cache, runtime, resume and begun)
-        except AvtrainError as error:
-            if task != "all":
-                raise
-            failed.append(f"{name}: {str(error).removeprefix(f'{name}: ')}")
-            continue
-        rows.append(results)
+
+    complete = present_tasks(shards) if task == "all" else {task: []}
+    trials = []  # of all, before the first is begun: a wrong option is one for every task
+    for name in complete:
+        chosen = protocol or TASKS[name].protocol
+        trials.append(Trial(name, chosen, protocol_for(name, chosen, recipe, of_protocol),
+                            modality or TASKS[name].modality, validation, seed))
+
+    def transferred(trial: Trial, splits: list[str]) -> dict[str, Any]:
+        """Transfer to one task, and print what came out."""
+        folder = Path("runs/eval", "-".join((trial.task, trial.protocol_name, trial.modality,
+                                             source.sha256[:8] or "random")))
+        begun = True
+        if out:
+            folder = out / trial.task if task == "all" else out
+        if task == "all":  # some may not have been reached
+            begun = (folder / "settings.json").is_file()
+        results = evaluate_task(source, trial, splits, shards, folder, cache, runtime, resume and begun)
         _print_results(results, folder)
-    if rows and task == "all":
+        return results
+
+    if task != "all":
+        transferred(trials[0], splits_of(task, split, shards))
+        return
+    wanted = [(trial, splits) for trial in trials
+              if (splits := [one for one in complete[trial.task] if split in ("all", one)])]
+    if not wanted:
+        raise AvtrainError(f"--task all --split {split}: no task has all shards of a split in {shards}")
+    _evaluate_all(transferred, wanted)
+
+
+def _evaluate_all(transferred: Callable[[Trial, list[str]], dict[str, Any]],
+                  wanted: list[tuple[Trial, list[str]]]) -> None:
+    """One task after the other, and a table; one that fails does not stop the others."""
+    rows, failed = [], []
+    for trial, splits in wanted:
+        try:
+            rows.append(transferred(trial, splits))
+        except AvtrainError as error:
+            failed.append(f"{trial.task}: {str(error).removeprefix(f'{trial.task}: ')}")
+    if rows:
         _print_table(rows)
     if failed:
-        raise AvtrainError("\n  ".join([f"{len(failed)} of {len(names)} tasks could not be evaluated:",
-                                        *failed]))
+        raise AvtrainError("\n  ".join([f"{len(failed)} of {len(wanted)} tasks could not be evaluated:", *failed]))
 
 
 def _figure(of: dict[str, Any]) -> str:
@@ -254,17 +277,25 @@ def _print_results(results: dict[str, Any], folder: Path) -> None:
     click.echo(f"{results['task']}, {results['protocol']}, {results['modality']}")
     lines = results["splits"] if len(results["splits"]) == 1 else {**results["splits"], "mean": results["mean"]}
     for split, of_split in lines.items():
-        videos = f", {results['shards'][split]['videos']['test']} videos" if split in results["shards"] else ""
+        videos = _videos(results["shards"][split]["videos"]) if split in results["shards"] else ""
         click.echo(f"  {'split ' if split != 'mean' else ''}{split}: " + ", ".join(
             f"{_NAMES[name]} {_figure(of)}" for name, of in of_split.items()) + videos)
-    if results["published"]:
-        click.echo("  published: " + ", ".join(f"{_NAMES[name]} {value} %"
-                                               for name, value in results["published"].items())
-                   + f"; {results['source']}")
-    elif results["classes"] != results["of_classes"]:
-        click.echo(f"  {results['classes']} of the task's {results['of_classes']} classes: not comparable with "
-                   "published numbers")
+    if results["differs_from_published"]:
+        click.echo(f"  not comparable with published numbers: {'; '.join(results['differs_from_published'])}")
+    elif results["published"]:
+        click.echo(f"  published: {_published(results)}; {results['source']}")
     click.echo(f"  {folder}/results.json (95 % bootstrap intervals over videos)")
+
+
+def _videos(counts: dict[str, int]) -> str:
+    left_out = f" ({counts['unreadable']} more can't be decoded and are left out)" if counts["unreadable"] else ""
+    return f", {counts['test'] - counts['unreadable']} videos{left_out}"
+
+
+def _published(results: dict[str, Any]) -> str:
+    """The published figures, where they are of the same thing; else nothing."""
+    return "" if results["differs_from_published"] else ", ".join(
+        f"{_NAMES[name]} {value} %" for name, value in results["published"].items())
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
@@ -273,7 +304,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     click.echo("|---|---|---|---|---|---|---|")
     for row in rows:
         ours = ", ".join(f"{_NAMES[name]} {_figure(of)}" for name, of in row["mean"].items())
-        published = ", ".join(f"{_NAMES[name]} {value} %" for name, value in row["published"].items())
+        published = _published(row)
         click.echo(f"| {row['task']} | {row['protocol']} | {row['modality']} | {len(row['splits'])} | {ours} | "
                    f"{published or '-'} | {row['source'] if published else '-'} |")
 
@@ -288,16 +319,31 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 @click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto")
 def embed(checkpoint: Path, shards: tuple[str, ...], output: Path, overrides: tuple[str, ...], cache: Path,
           device: str | None, precision: str) -> None:
-    """Write embeddings of clips: one row a clip and segment (key, labels, time_s, visual, audio, multimodal)."""
+    """Write embeddings of clips: one row a clip and segment (key, labels, time_s, visual, audio, multimodal).
+
+    Of each clip the first data.segments segments, as many as the checkpoint was trained with; --set data.segments=15
+    takes more.
+    """
     from avtrain.data.shards import open_folders
     from avtrain.retrieval import write_embeddings
     from avtrain.runtime import choose_runtime
-    from avtrain.transfer import load_source
 
-    source = load_source(checkpoint, overrides)
+    source = _embedder(checkpoint, overrides)
     rows = write_embeddings(source.model, open_folders(list(shards)), source.data, choose_runtime(device, precision),
                             output, cache)
     click.echo(f"{rows} rows in {output}")
+
+
+def _embedder(checkpoint: Path, overrides: tuple[str, ...]) -> Source:
+    """A whole network, to take embeddings from."""
+    from avtrain.config import check_overrides
+    from avtrain.features import TRAINING_ONLY
+    from avtrain.transfer import load_source
+
+    check_overrides(overrides, ("data",), TRAINING_ONLY)
+    source = load_source(checkpoint, overrides)
+    source.check_parts(source.data.modality, True)
+    return source
 
 
 @main.command()
@@ -316,9 +362,9 @@ def retrieve(checkpoint: Path, shards: Path, output: Path, overrides: tuple[str,
     from avtrain.retrieval import draw_retrieval
     from avtrain.retrieval import retrieve as search
     from avtrain.runtime import choose_runtime
-    from avtrain.transfer import load_source
 
-    source = load_source(checkpoint, overrides)
+    source = _embedder(checkpoint, overrides)
+    source.check_parts("both", True)
     train, test = (open_folders([str(shards / split)]) for split in ("train", "test"))
     found = search(source.model, train, test, source.data, choose_runtime(device, precision), cache)
     for name, from_sound in (("sound to picture", True), ("picture to sound", False)):

@@ -7,7 +7,7 @@ import difflib
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -261,6 +261,26 @@ def parse_override(override: str) -> tuple[str, str, Any]:
         return section, option, tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return section, option, text.strip()
+
+
+def check_overrides(overrides: Iterable[str], sections: Sequence[str], idle: Iterable[str]) -> None:
+    """Refuse what can't be set here, or would do nothing.
+
+    Args:
+        overrides: `section.field=value`.
+        sections: those that can be set.
+        idle: fields of data that play no part.
+
+    Raises:
+        AvtrainError: names the option.
+    """
+    for override in overrides:
+        section, option, _ = parse_override(override)
+        if section not in sections:
+            raise AvtrainError(f"--set {override}: only {' and '.join(f'{name}.*' for name in sections)} can be set "
+                               "here")
+        if section == "data" and option in idle:
+            raise AvtrainError(f"--set {override}: data.{option} would do nothing here; leave it out")
 
 
 def config_from(values: Mapping[str, Any], where: str) -> Config:

@@ -83,6 +83,8 @@ class Run:
         """
         from torch.utils.tensorboard.writer import SummaryWriter  # seconds at first import
 
+        if self.position.step == 0:
+            self._metrics.unlink(missing_ok=True)  # of a run that was stopped before its first checkpoint
         end = min(self.config.steps, max_steps or self.config.steps)
         started, bad_steps = time.monotonic(), 0
         buffers = [buffer for module in self.modules.values() for buffer in module.buffers()]

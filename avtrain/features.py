@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from avtrain.config import DataConfig
-from avtrain.data.loader import Batch, ClipDataset, UnreadableCount, batches
+from avtrain.data.loader import Batch, ClipDataset, batches, readable
 from avtrain.data.order import at_epoch, batches_of, fixed_order
 from avtrain.data.shards import ShardFolder
 from avtrain.data.views import ViewDataset, ViewItem, collate_rows
@@ -28,13 +28,13 @@ from avtrain.runtime import Runtime
 
 _CLIPS_AT_ONCE = 8
 _SEGMENTS_AT_ONCE = 160
-_NOT_IN_VIEW = ("workers", "shards_at_once", "frequency_mask", "time_mask", "equalizer", "noise",
-                "frequency_shift")  # what does not change the fixed view
+# Settings of data that do not change the fixed view of evaluation.
+TRAINING_ONLY = ("shards_at_once", "frequency_mask", "time_mask", "equalizer", "noise", "frequency_shift")
 
 
 @dataclass(frozen=True)
 class Features:
-    """Frozen outputs of a model, float32 on the CPU. A row is a clip, in the order of the shards, or a view of one.
+    """Frozen outputs of a model, float32 on the CPU. A row is a clip, in the order of the shards.
 
     Attributes:
         keys: of each row's clip.
@@ -59,6 +59,24 @@ class Features:
     multimodal_tokens: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class ViewFeatures:
+    """What the CNNs make of views, float32 on the CPU. A row is a view, in the order of the shards.
+
+    Attributes:
+        keys: of each row's clip.
+        labels: indices of each row's classes.
+        pooled: (rows, channels), visual before audio, each the mean over the segments that are there.
+    """
+
+    keys: list[str]
+    labels: list[list[int]]
+    pooled: Tensor
+
+
+_Kind = TypeVar("_Kind", Features, ViewFeatures)
+
+
 def frozen_features(model: AVBert, folder: ShardFolder, config: DataConfig, runtime: Runtime,
                     cache: Path | None = None) -> Features:
     """Features of whole clips in the fixed view of evaluation, from the cache where they were computed before.
@@ -73,77 +91,83 @@ def frozen_features(model: AVBert, folder: ShardFolder, config: DataConfig, runt
     Raises:
         AvtrainError: shards and settings don't fit, or more than 1 % of the clips can't be decoded.
     """
-    view = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_IN_VIEW}
+    idle = {*TRAINING_ONLY, "workers"}
+    view = {name: value for name, value in dataclasses.asdict(config).items() if name not in idle}
+
+    def outputs(batch: Batch) -> dict[str, Tensor | None]:
+        found = model(*batch.tensors(runtime.device))
+        return {"visual_present": batch.visual_present, "audio_present": batch.audio_present, **found._asdict()}
 
     def compute() -> Features:
         places = batches_of(fixed_order([shard.clips for shard in folder.shards]), _CLIPS_AT_ONCE)
         supply = batches(ClipDataset(folder, config, None), at_epoch(places, 0), config.workers)
-        bar = tqdm(supply, "features", len(places), unit="batch", **bar_options())
-        return _extract(model, bar, runtime, folder.clips)
+        return Features(**_extract(model, outputs, supply, len(places), runtime, folder.clips))
 
-    return _cached(compute, cache, [*_identity(model), folder.fingerprint, str(runtime.autocast_dtype), view])
+    return _cached(Features, compute, cache, _key(model, folder, runtime, view))
 
 
-def view_features(model: AVBert, dataset: ViewDataset, runtime: Runtime, cache: Path | None = None) -> Features:
-    """The CNNs' features of all clips in evenly spaced views: `frozen_features` with a row a view.
+def view_features(model: AVBert, dataset: ViewDataset, runtime: Runtime, cache: Path | None = None) -> ViewFeatures:
+    """The CNNs' features of all clips in evenly spaced views.
 
     Args:
         model, runtime, cache: as for `frozen_features`.
         dataset: with fixed views.
 
     Returns:
-        Features without tokens; those of a modality that is left out have no channels.
+        Features; a modality that is left out has no channels.
 
     Raises:
         AvtrainError: as `frozen_features`.
     """
     folder, config, views = dataset.folder, dataset.config, dataset.views
-    left_out = {"visual": "audio_", "audio": "visual_"}.get(views.modality, "nothing")
 
-    def compute() -> Features:
+    def outputs(batch: Batch) -> dict[str, Tensor | None]:
+        local, visual_present, audio_present = model.embed(*batch.tensors(runtime.device))
+        seen, heard = _means(local.visual_pooled, visual_present), _means(local.audio_pooled, audio_present)
+        return {"pooled": torch.cat({"visual": [seen], "audio": [heard]}.get(views.modality, [seen, heard]), 1)}
+
+    def compute() -> ViewFeatures:
         places = batches_of(fixed_order([shard.clips for shard in folder.shards]),
                             max(1, _SEGMENTS_AT_ONCE // (views.clips * views.crops)))
         supply = batches(dataset, ([(ViewItem(place), 0) for place in batch] for batch in places), config.workers,
                          collate_rows)
-        bar = tqdm(supply, "features", len(places), unit="batch", **bar_options())
-        features = _extract(model, bar, runtime, folder.clips, tokens=False)
-        return dataclasses.replace(features, **{
-            name: getattr(features, name)[..., :0] for name in ("visual_pooled", "audio_pooled", "visual_local",
-                                                                "audio_local") if name.startswith(left_out)})
+        return ViewFeatures(**_extract(model, outputs, supply, len(places), runtime, folder.clips))
 
     view = [config.segment_frames, config.scale[0], dataclasses.asdict(views)]
-    return _cached(compute, cache, [*_identity(model), folder.fingerprint, str(runtime.autocast_dtype), view])
+    return _cached(ViewFeatures, compute, cache, _key(model, dataset.folder, runtime, view))
+
+
+def _means(pooled: Tensor, present: Tensor) -> Tensor:
+    """(rows, segments, channels) -> (rows, channels): the mean over the segments that are there, or zeros."""
+    return (pooled.float() * present[..., None]).sum(1) / present.sum(1, keepdim=True).clamp(min=1)
 
 
 @torch.no_grad()
-def _extract(model: AVBert, supply: Iterable[Batch], runtime: Runtime, clips: int, tokens: bool = True) -> Features:
-    """The features of batches, in their order; the Transformers' too, or not."""
-    was_training, unreadable = model.training, UnreadableCount(clips)
+def _extract(model: AVBert, outputs: Callable[[Batch], dict[str, Tensor | None]], supply: Iterable[Batch], count: int,
+             runtime: Runtime, clips: int) -> dict[str, Any]:
+    """Keys, labels and outputs of `count` batches, in their order, in eval mode."""
+    was_training = model.training
     model.to(runtime.device).eval()
     keys: list[str] = []
     labels: list[list[int]] = []
     parts: dict[str, list[Tensor]] = {}
-    for batch in supply:
-        unreadable.add(batch.unreadable)
-        if not batch.keys:
-            continue
+    for batch in readable(tqdm(supply, "features", count, unit="batch", **bar_options()), clips):
         with runtime.autocast():
-            inputs = batch.tensors(runtime.device)
-            output = model(*inputs) if tokens else model.embed(*inputs)[0]
+            found = outputs(batch)
         keys += batch.keys
         labels += batch.labels
-        tensors = {"visual_present": batch.visual_present, "audio_present": batch.audio_present, **output._asdict()}
-        for name, tensor in tensors.items():
+        for name, tensor in found.items():
             if tensor is not None:
                 parts.setdefault(name, []).append(tensor.cpu() if tensor.dtype == torch.bool else tensor.float().cpu())
     model.train(was_training)
-    return Features(keys, labels, **{name: torch.cat(tensors) for name, tensors in parts.items()})
+    return {"keys": keys, "labels": labels, **{name: torch.cat(tensors) for name, tensors in parts.items()}}
 
 
-def _cached(compute: Callable[[], Features], cache: Path | None, key: list[Any]) -> Features:
+def _cached(kind: type[_Kind], compute: Callable[[], _Kind], cache: Path | None, key: list[Any]) -> _Kind:
     """What `compute` gives, or gave before for the same key.
 
     Args:
+        kind: of features.
         compute: called if it is not in the cache.
         cache: folder; None: always computed.
         key: everything that the features depend on, as JSON has it.
@@ -154,26 +178,27 @@ def _cached(compute: Callable[[], Features], cache: Path | None, key: list[Any])
     path = cache / f"{name}.safetensors"
     if path.is_file():
         try:
-            return _read(path)
+            return _read(kind, path)
         except (SafetensorError, KeyError, ValueError, TypeError):
             path.unlink()  # damaged: it can be made again
     features = compute()
-    tensors = {field.name: tensor.contiguous() for field in dataclasses.fields(Features)
+    tensors = {field.name: tensor.contiguous() for field in dataclasses.fields(kind)
                if isinstance(tensor := getattr(features, field.name), Tensor)}
     with written_whole(path) as temporary:
         save_file(tensors, temporary, {"clips": json.dumps([features.keys, features.labels])})
     return features
 
 
-def _read(path: Path) -> Features:
+def _read(kind: type[_Kind], path: Path) -> _Kind:
     with safe_open(path, framework="pt") as file:
         keys, labels = json.loads((file.metadata() or {})["clips"])
-        return Features(keys, labels, **{name: file.get_tensor(name) for name in file.keys()})
+        return kind(keys, labels, **{name: file.get_tensor(name) for name in file.keys()})
 
 
-def _identity(model: AVBert) -> list[Any]:
-    """What tells networks apart: some settings, as the scale of log-mels and the stem's stride, show in no weight."""
-    return [weights_hash(model), dataclasses.asdict(model.config)]
+def _key(model: AVBert, folder: ShardFolder, runtime: Runtime, view: Any) -> list[Any]:
+    """What features depend on. Some settings, as the scale of log-mels and the stem's stride, show in no weight."""
+    return [weights_hash(model), dataclasses.asdict(model.config), folder.fingerprint, str(runtime.autocast_dtype),
+            view]
 
 
 def weights_hash(model: nn.Module) -> str:

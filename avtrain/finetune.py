@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from avtrain.checkpoint import save_model
 from avtrain.config import Config, DataConfig, TrainingConfig
 from avtrain.data.augment import SoundAugmentation
-from avtrain.data.loader import Batch, UnreadableCount, batches
+from avtrain.data.loader import Batch, UnreadableCount, batches, readable
 from avtrain.data.order import at_epoch
 from avtrain.data.shards import ShardFolder
 from avtrain.data.views import ListedClip, ViewDataset, ViewItem, Views, collate_rows
@@ -132,6 +133,8 @@ def finetune(model: AVBert, folder: ShardFolder, train: list[ListedClip], valida
         AvtrainError: shards and model don't fit; too much is unreadable; the loss stays not finite.
     """
     generator = seed_everything(seed)
+    # BatchNorm's batch is the protocol's, however few segments at a time pretraining had; to save memory: accumulate.
+    model.config = dataclasses.replace(model.config, segments_at_once=0)
     classifier = Classifier(model, len(folder.classes), modality, protocol.sequence, protocol.dropout)
     classifier.to(runtime.device)
     sound = SoundAugmentation(equalizer=protocol.equalizer, frequency_shift=protocol.frequency_shift,
@@ -221,14 +224,12 @@ def predict(classifier: Classifier, folder: ShardFolder, clips: list[ListedClip]
     """Outputs of all views, crops, segments and heads of a video, averaged. Leaves the classifier in eval mode."""
     classifier.eval()
     views = fixed_views(protocol, modality)
-    sums, unreadable = ScoreSums(clips, len(folder.classes)), UnreadableCount(folder.clips)
+    sums = ScoreSums(clips, len(folder.classes))
     size = max(1, _TEST_SEGMENTS[modality] // (views.clips * views.crops))
     items = [[ViewItem(clip.place) for clip in clips[first:first + size]] for first in range(0, len(clips), size)]
     supply = batches(ViewDataset(folder, data, views, None), at_epoch(items, 0), data.workers, collate_rows)
-    for batch in tqdm(supply, "test", len(items), unit="batch", leave=False, **bar_options()):
-        unreadable.add(batch.unreadable)
-        if not batch.keys:
-            continue
+    bar = tqdm(supply, "test", len(items), unit="batch", leave=False, **bar_options())
+    for batch in readable(bar, folder.clips):
         with runtime.autocast():
             logits, counts = classifier(*batch.tensors(runtime.device))
         scores = torch.stack([probabilities(of_head, protocol) for of_head in logits]).mean(0)

@@ -7,24 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from avtrain.features import Features
 from avtrain.finetune import probabilities, task_loss
 from avtrain.models.heads import ClipHead
 from avtrain.progress import bar_options
 from avtrain.tasks import Protocol
 
 _VOTE_TEMPERATURE = 0.07
-
-
-def row_features(features: Features) -> tuple[Tensor, Tensor]:
-    """[visual pooled; audio pooled], each the mean over the segments that are there: (rows, channels); and (rows,):
-    whether there is anything."""
-    means = []
-    for pooled, present in ((features.visual_pooled, features.visual_present),
-                            (features.audio_pooled, features.audio_present)):
-        counts = present.sum(1, keepdim=True).clamp(min=1)
-        means.append((pooled * present[..., None]).sum(1) / counts)
-    return torch.cat(means, 1), (features.visual_present | features.audio_present).any(1)
 
 
 def standardized(train: Tensor, *others: Tensor) -> list[Tensor]:

@@ -84,6 +84,11 @@ def load_released(checkpoint: str | Path | Mapping[str, Any]) -> AVBert:
         AvtrainError: not such a file, or tensors that are unknown, missing or misshapen, by name.
         OSError: the file can't be read.
     """
+    return load_released_parts(checkpoint)[0]
+
+
+def load_released_parts(checkpoint: str | Path | Mapping[str, Any]) -> tuple[AVBert, frozenset[str]]:
+    """`load_released`, and which of visual (CNN), audio (CNN) and transformers the file holds."""
     source, state = _read(checkpoint)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what the file does not hold is the same every time: results can be resumed and cached
@@ -107,7 +112,8 @@ def load_released(checkpoint: str | Path | Mapping[str, Any]) -> AVBert:
     for name, entry in wanted.items():
         ours[name] = torch.stack([state[theirs] for theirs in entry.theirs]).reshape(ours[name].shape)
     model.load_state_dict(ours)
-    return model.eval()
+    parts = [name.removesuffix("_conv") for name in cnns] or ["visual", "audio", "transformers"]
+    return model.eval(), frozenset(parts)
 
 
 def load_released_heads(checkpoint: str | Path | Mapping[str, Any]) -> tuple[ClipHead, SequenceHead]:

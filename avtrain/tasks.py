@@ -11,7 +11,6 @@ from avtrain.errors import AvtrainError
 
 PROTOCOLS = ("finetune", "linear", "knn")
 LOSSES = ("cross_entropy", "hinge", "binary")
-RECIPES = ("published", "small")
 HINGE_MARGIN = 0.1
 
 
@@ -99,7 +98,7 @@ class Task:
         modality: what the published model sees of it: visual, audio or both.
         protocol: the published one: finetune or linear.
         classes: how many the whole dataset has; 0: any.
-        group: pattern of the part of a key that belongs together: a validation part never splits it.
+        group: pattern of the part of a key that belongs together: a validation part never splits it; "": the source.
         published: figure -> number in percent, from `source`.
         source: where the published numbers stand.
     """
@@ -109,7 +108,7 @@ class Task:
     modality: str
     protocol: str
     classes: int = 0
-    group: str = r".*(?=-\d{4,}$)"
+    group: str = ""
     published: dict[str, float] = dataclasses.field(default_factory=dict)
     source: str = ""
 

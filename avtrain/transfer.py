@@ -17,24 +17,24 @@ import torch
 
 from avtrain import __version__
 from avtrain.checkpoint import load_config, load_model
-from avtrain.config import DataConfig, parse_override, read_config, section_values
+from avtrain.config import Config, DataConfig, parse_override, read_config, section_values
 from avtrain.data.shards import ShardFolder, open_folders
 from avtrain.data.views import ListedClip, ViewDataset, Views, list_clips
 from avtrain.errors import AvtrainError
-from avtrain.features import Features, view_features, weights_hash
+from avtrain.features import view_features, weights_hash
 from avtrain.files import written_whole
 from avtrain.finetune import finetune, fixed_views, predict
 from avtrain.metrics import confusion
 from avtrain.models.avbert import AVBert
 from avtrain.outcome import draw_confusion, git_commit, numbers, read_predictions, write_predictions
 from avtrain.predictions import Predictions, ScoreSums, figures, mean_figures, targets_of
-from avtrain.probes import linear_scores, neighbour_scores, row_features, standardized
-from avtrain.released import load_released
+from avtrain.probes import linear_scores, neighbour_scores, standardized
+from avtrain.released import load_released_parts
 from avtrain.runtime import Runtime, seed_everything
-from avtrain.tasks import TASKS, Protocol, Task
+from avtrain.tasks import TASKS, Protocol, Task, protocol_for
 
-_SETTINGS, _RESULTS, _PREDICTIONS = "settings.json", "results.json", "predictions.jsonl"
-_SHARDS = "shards.json"
+_SETTINGS, _SHARDS = "settings.json", "shards.json"
+_RESULTS, _PREDICTIONS = "results.json", "predictions.jsonl"
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,23 @@ class Source:
         data: what it takes.
         name: the checkpoint's path, or how it was drawn.
         sha256: of the checkpoint's file; empty for a random start.
+        parts: which of visual, audio and transformers have learned something (of a random start: all count).
     """
 
     model: AVBert
     data: DataConfig
     name: str
     sha256: str
+    parts: frozenset[str] = frozenset({"visual", "audio", "transformers"})
+
+    def check_parts(self, modality: str, transformers: bool) -> None:
+        """Raise AvtrainError where an answer would come from a part that has learned nothing."""
+        wanted = {"visual": {"visual"}, "audio": {"audio"}}.get(modality, {"visual", "audio"})
+        missing = sorted((wanted | ({"transformers"} if transformers else set())) - self.parts)
+        if missing:
+            names = {"visual": "a visual CNN", "audio": "an audio CNN", "transformers": "Transformers"}
+            raise AvtrainError(f"{self.name}: {' and '.join(names[part] for part in missing)} would be needed, and it "
+                               f"has learned only {' and '.join(names[part] for part in sorted(self.parts))}")
 
 
 @dataclass(frozen=True)
@@ -88,20 +99,18 @@ def load_source(checkpoint: Path, overrides: Iterable[str] = ()) -> Source:
     """
     if checkpoint.suffix == ".safetensors":
         model, data = load_model(checkpoint), load_config(checkpoint).data
+        seen = ("visual", "audio") if data.modality == "both" else (data.modality,)
+        parts = frozenset({"transformers", *seen})
     else:
-        model, data = load_released(checkpoint), DataConfig()
-    values = {}
-    for override in overrides:
-        section, field, value = parse_override(override)
-        if section != "data":
-            raise AvtrainError(f"--set {override}: with --checkpoint only transfer.* and data.* can be set")
-        values[field] = value
+        (model, parts), data = load_released_parts(checkpoint), DataConfig()
+    values = {field: value for _, field, value in map(parse_override, overrides)}
     data = dataclasses.replace(data, **section_values("data", DataConfig, values))
+    Config(model=model.config, data=data)  # checks that they go together
     with checkpoint.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
-    return Source(model, data, str(checkpoint), digest.hexdigest())
+    return Source(model, data, str(checkpoint), digest.hexdigest(), parts)
 
 
 def random_source(preset: str, overrides: Iterable[str], seed: int) -> Source:
@@ -153,11 +162,12 @@ def evaluate_task(source: Source, trial: Trial, splits: list[str], root: Path, o
         "task": trial.task, "protocol": trial.protocol_name, "modality": trial.modality,
         "splits": {split: numbers(of_split) for split, of_split in zip(splits, of_splits, strict=True)},
         "mean": numbers(mean_figures(of_splits)),
-        "published": task.published if _comparable(task, trial, classes) else {}, "source": task.source,
-        "classes": len(classes), "of_classes": task.classes or len(classes), "settings": settings,
+        "published": task.published, "source": task.source,
+        "differs_from_published": _differences(task, trial, splits, len(classes)),
+        "classes": len(classes), "settings": settings,
         "shards": {split: {name: entry[name] for name in ("train", "test", "fps", "videos")}
                    for split, entry in shards.items()},
-        "precision": settings["precision"], "version": __version__, "commit": git_commit()}
+        "version": __version__, "commit": git_commit()}
     write_predictions(out / _PREDICTIONS, predicted)
     if not next(iter(shards.values()))["multi_label"]:
         draw_confusion(out / "confusion.png", sum(
@@ -215,10 +225,15 @@ def _one_split(source: Source, trial: Trial, split: str, root: Path, out: Path, 
     about = {"train": train.fingerprint, "test": test.fingerprint, "fps": both.spec["fps"],
              "classes": list(both.classes), "multi_label": both.multi_label,
              "videos": {part: len({clip.video for clip in clips}) for part, clips in parts.items()}}
+
+    def finished(found: Predictions) -> tuple[Predictions, dict[str, Any]]:
+        about["videos"]["unreadable"] = about["videos"]["test"] - len(found.videos)
+        return found, about
+
     done = out / _PREDICTIONS
     _check_shards(out / _SHARDS, [train.fingerprint, test.fingerprint], resume)
     if resume and done.is_file():
-        return read_predictions(done), about
+        return finished(read_predictions(done))
     if trial.protocol_name == "finetune":
         classifier = finetune(copy.deepcopy(source.model), train, learned, validation, source.data, trial.protocol,
                               trial.modality, out, runtime, trial.seed, resume)
@@ -233,12 +248,13 @@ def _one_split(source: Source, trial: Trial, split: str, root: Path, out: Path, 
                 temporary.write_text(json.dumps({f"validation_{name}": figure.value for name, figure in figures(
                     on_validation, both.multi_label, trial.seed).items()}) + "\n", encoding="utf-8")
     write_predictions(done, {split: found})
-    return found, about
+    return finished(read_predictions(done))  # rounded as they are written: the same when they are read by --resume
 
 
 def _check_fit(folder: ShardFolder, source: Source, trial: Trial) -> None:
     """Raise where the protocol does not go with the shards or the model."""
     protocol = trial.protocol
+    source.check_parts(trial.modality, protocol.sequence)
     if folder.multi_label != (protocol.loss == "binary"):
         raise AvtrainError(f"{trial.task}: its shards have {'several labels' if folder.multi_label else 'one label'} a "
                            f"clip, which does not go with transfer.loss={protocol.loss}")
@@ -253,7 +269,7 @@ def _usable(folder: ShardFolder, trial: Trial, part: str) -> list[ListedClip]:
     """The clips with a label. Of the training part those with the modality too; of the test part, others count as
     they are answered: from nothing."""
     clips = [clip for clip in list_clips(folder) if clip.labels or folder.multi_label]
-    if not clips:
+    if not any(clip.labels for clip in clips):
         raise AvtrainError(f"{trial.task}: not one {part} clip has a label")
     perceived = [clip for clip in clips if clip.has(trial.modality)]
     if not perceived:
@@ -272,7 +288,7 @@ def held_out(clips: list[ListedClip], trial: Trial, task: Task) -> tuple[list[Li
         return clips, []
     groups: dict[str, list[ListedClip]] = {}
     for clip in clips:
-        match = re.match(task.group, clip.key)
+        match = re.match(task.group, clip.key) if task.group else None
         groups.setdefault(match.group() if match else clip.video, []).append(clip)
     names = sorted(groups)
     chosen: set[str] = set()
@@ -304,9 +320,9 @@ def _probe(source: Source, trial: Trial, locations: list[list[str]], train_clips
     if trial.protocol_name == "linear":
         scores = linear_scores(x, targets, test_x, classes, protocol, trial.seed, runtime.device)
     else:
-        x, targets, _ = _means_by_clip(x, targets, keys)
-        test_x, _, test_keys = _means_by_clip(test_x, test_x, test_keys)
-        scores = neighbour_scores(x, targets, test_x, classes, protocol)
+        (x, first), (test_x, first_test) = _means_by_clip(x, keys), _means_by_clip(test_x, test_keys)
+        test_keys = [test_keys[row] for row in first_test]
+        scores = neighbour_scores(x, targets[first], test_x, classes, protocol)
     sums = ScoreSums(test_clips, classes)
     sums.add(test_keys, scores)
     return sums.predictions()
@@ -315,27 +331,25 @@ def _probe(source: Source, trial: Trial, locations: list[list[str]], train_clips
 def _rows_of(source: Source, locations: list[str], views: Views, clips: list[ListedClip], cache: Path,
              runtime: Runtime) -> tuple[torch.Tensor, list[str], list[list[int]]]:
     """Features, keys and labels of the views of these clips."""
-    parts: list[Features] = [
+    parts = [
         view_features(source.model, ViewDataset(open_folders([location]), source.data, views, None), runtime, cache)
         for location in locations]
     wanted = {clip.key for clip in clips}
     keys = [key for part in parts for key in part.keys]
     labels = [one for part in parts for one in part.labels]
     rows = [row for row, key in enumerate(keys) if key in wanted]
-    x = torch.cat([row_features(part)[0] for part in parts])
-    return x[rows], [keys[row] for row in rows], [labels[row] for row in rows]
+    return torch.cat([part.pooled for part in parts])[rows], [keys[row] for row in rows], [labels[row] for row in rows]
 
 
-def _means_by_clip(x: torch.Tensor, targets: torch.Tensor,
-                   keys: list[str]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Features averaged over each clip's views; the targets and keys of each clip."""
+def _means_by_clip(x: torch.Tensor, keys: list[str]) -> tuple[torch.Tensor, list[int]]:
+    """Features averaged over each clip's views; and the first row of each clip."""
     first: dict[str, int] = {}
     for row, key in enumerate(keys):
         first.setdefault(key, row)
     number = {key: index for index, key in enumerate(first)}
     of_rows = torch.tensor([number[key] for key in keys])
     sums = torch.zeros(len(first), x.shape[1]).index_add(0, of_rows, x)
-    return sums / of_rows.bincount()[:, None], targets[list(first.values())], list(first)
+    return sums / of_rows.bincount()[:, None], list(first.values())
 
 
 def _views_json(trial: Trial) -> dict[str, Any]:
@@ -343,9 +357,26 @@ def _views_json(trial: Trial) -> dict[str, Any]:
     return {name: views[name] for name in ("clips", "crops", "sequence")}
 
 
-def _comparable(task: Task, trial: Trial, classes: list[str]) -> bool:
-    """Whether the published number is of the same thing."""
-    return (len(classes) == task.classes and trial.modality == task.modality and trial.protocol_name == task.protocol)
+def _differences(task: Task, trial: Trial, splits: list[str], classes: int) -> list[str]:
+    """What makes a number another one than the published: short phrases; the network itself is not looked at."""
+    found = []
+    if task.classes not in (0, classes):
+        found.append(f"{classes} of {task.classes} classes")
+    if not task.published:
+        return found
+    if trial.modality != task.modality:
+        found.append(f"{trial.modality} instead of {task.modality}")
+    if trial.protocol_name != task.protocol:
+        found.append(f"{trial.protocol_name} instead of {task.protocol}")
+    else:
+        theirs = dataclasses.asdict(protocol_for(trial.task, trial.protocol_name, "published"))
+        others = [name for name, value in dataclasses.asdict(trial.protocol).items() if value != theirs[name]]
+        found += [f"other {', '.join(others)}"] if others else []
+    if len(splits) < len(task.splits):
+        found.append(f"{len(splits)} of {len(task.splits)} splits")
+    if trial.validation:
+        found.append("a part of training held out")
+    return found
 
 
 def _check_shards(path: Path, fingerprints: list[str], resume: bool) -> None:

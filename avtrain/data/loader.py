@@ -223,6 +223,23 @@ def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
 
 
+def readable(supply: Iterable[Batch], clips: int) -> Iterator[Batch]:
+    """The batches that hold anything; what could not be decoded is counted.
+
+    Args:
+        supply: batches of one pass over the data.
+        clips: how many the data has.
+
+    Raises:
+        AvtrainError: more than 1 % of the clips can't be decoded.
+    """
+    unreadable = UnreadableCount(clips)
+    for batch in supply:
+        unreadable.add(batch.unreadable)
+        if batch.keys:
+            yield batch
+
+
 class UnreadableCount:
     """Counts clips that could not be decoded over a run.
 

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -143,7 +145,9 @@ def test_ucf101_finetuned_as_published_in_small(tree, tmp_path):
     right = accuracy_score([line["labels"][0] for line in lines], [np.argmax(line["scores"]) for line in lines])
     assert results["splits"]["2"]["top1"]["percent"] == 100 * right == results["mean"]["top1"]["percent"]
     np.testing.assert_allclose([sum(line["scores"]) for line in lines], 1, atol=1e-5)
-    assert results["published"] == {} and "3 of the task's 101 classes" in done.output
+    assert results["differs_from_published"][0] == "3 of 101 classes" and "87.5" not in done.output
+    assert "epochs" in results["differs_from_published"][1]
+    assert results["differs_from_published"][2:] == ["1 of 3 splits", "a part of training held out"]
     assert results["settings"]["views"] == {"clips": 3, "crops": 3, "sequence": False}
     assert results["shards"]["2"]["fps"] == 15 and re.fullmatch("[0-9a-f]{16}", results["shards"]["2"]["test"])
     assert results["settings"]["protocol"]["head_rate"] == 0.03 and results["settings"]["seed"] == 0
@@ -176,26 +180,74 @@ def test_charades_by_mean_average_precision(tree, tmp_path):
     assert not (tmp_path / "run/confusion.png").exists()
 
 
+def _finetuned(tree, out, checkpoint, *more):
+    """The scores of Kinetics-Sounds' test videos."""
+    done = _avtrain("eval", "--task", "kinetics-sounds", "--checkpoint", checkpoint, "--shards", tree, "--out", out,
+                    "--device", "cpu", "--precision", "float32", *_settings(QUICK), *more)
+    assert done.exit_code == 0, done.output
+    return [line["scores"] for line in _predictions(out)]
+
+
 @pytest.mark.parametrize("modality", ["visual", "audio"])
 def test_a_modality_left_out_changes_nothing_if_it_changes(tree, tmp_path, modality):
     """Predictions from one modality are the same whatever the network of the other one holds."""
     found = []
-    for name, other in (("a", "visual" if modality == "audio" else "audio"),):
-        config = read_config("tiny", NETWORK)
-        for factor in (1.0, -3.0):
-            torch.manual_seed(0)
-            model = AVBert(config.model)
-            with torch.no_grad():
-                for parameter in getattr(model, f"{other}_cnn").parameters():
-                    parameter.mul_(factor)
-            path = tmp_path / f"{name}{factor}.safetensors"
-            save_model(path, model, config)
-            out = tmp_path / f"run{factor}"
-            done = _avtrain("eval", "--task", "kinetics-sounds", "--checkpoint", path, "--shards", tree, "--out", out,
-                            "--modality", modality, "--device", "cpu", "--precision", "float32", *_settings(QUICK))
-            assert done.exit_code == 0, done.output
-            found.append([line["scores"] for line in _predictions(out)])
+    config = read_config("tiny", NETWORK)
+    for factor in (1.0, -3.0):
+        torch.manual_seed(0)
+        model = AVBert(config.model)
+        with torch.no_grad():
+            for parameter in getattr(model, "visual_cnn" if modality == "audio" else "audio_cnn").parameters():
+                parameter.mul_(factor)
+        path = tmp_path / f"{factor}.safetensors"
+        save_model(path, model, config)
+        found.append(_finetuned(tree, tmp_path / f"run{factor}", path, "--modality", modality))
     assert found[0] == found[1]
+
+
+def test_the_batch_of_batch_norm_is_the_protocols_not_pretrainings(tree, tmp_path):
+    """A checkpoint that was pretrained a few segments at a time is finetuned as one that was not."""
+    found = []
+    for segments_at_once in (0, 1):
+        config = read_config("tiny", [*NETWORK, f"model.segments_at_once={segments_at_once}", "model.dropout=0"])
+        torch.manual_seed(0)
+        path = tmp_path / f"{segments_at_once}.safetensors"
+        save_model(path, AVBert(config.model), config)
+        found.append(_finetuned(tree, tmp_path / f"run{segments_at_once}", path))
+    assert found[0] == found[1]
+
+
+def test_the_published_number_stands_beside_the_same_thing_only(tree, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "esc10", replace(TASKS["esc10"], classes=2, published={"top1": 12.3}, source="a paper"))
+    for number, (options, expected) in enumerate((
+            ((), "published: top-1 12.3 %; a paper"),
+            (("--set", "transfer.dropout=0.2"), "not comparable with published numbers: other dropout"),
+            (("--protocol", "knn"), "knn instead of linear"),
+            (("--recipe", "small"), "other epochs, loss, standardize"),
+            (("--split", "1"), "1 of 5 splits"))):
+        done = _avtrain("eval", "--task", "esc10", "--checkpoint", checkpoint, "--shards", tree, "--out",
+                        tmp_path / str(number), "--cache", tmp_path / "cache", "--device", "cpu", *options)
+        assert done.exit_code == 0 and expected in done.output, done.output
+        assert ("12.3" in done.output) == (number == 0)
+
+
+def test_a_test_video_that_cannot_be_decoded_is_left_out_and_said(tree, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("avtrain.data.loader._MOST_UNREADABLE", 0.2)  # one of seven, not of a hundred
+    shutil.copytree(tree / "kinetics-sounds", tmp_path / "kinetics-sounds")
+    [shard] = (tmp_path / "kinetics-sounds" / "test").glob("*.tar")
+    with tarfile.open(shard) as archive:
+        member = next(member for member in archive if member.name.endswith(".mp4") and "silent" in member.name)
+    with shard.open("r+b") as file:
+        file.seek(member.offset_data)
+        file.write(bytes(member.size))
+    for protocol in ("finetune", "linear"):
+        done = _avtrain("eval", "--task", "kinetics-sounds", "--checkpoint", checkpoint, "--shards", tmp_path, "--out",
+                        tmp_path / protocol, "--cache", tmp_path / "cache", "--device", "cpu", "--protocol", protocol,
+                        *_settings(QUICK))
+        assert done.exit_code == 0, done.output
+        assert "6 videos (1 more can't be decoded and are left out)" in done.output
+        assert len(_predictions(tmp_path / protocol)) == 6
+        assert _results(tmp_path / protocol)["shards"]["1"]["videos"]["unreadable"] == 1
 
 
 @pytest.mark.parametrize("protocol", ["linear", "knn"])
@@ -250,6 +302,22 @@ def test_killed_and_resumed_gives_the_same_predictions(tree, tmp_path, monkeypat
     assert done.exit_code == 0, done.output
     assert _predictions(tmp_path / "killed") == _predictions(tmp_path / "whole")
     steps = [json.loads(line)["step"] for line in (tmp_path / "killed/split-2/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 10))
+
+
+def test_stopped_before_its_first_checkpoint_it_starts_anew(tree, tmp_path, monkeypatch):
+    options = [*_settings(QUICK), "--set", "transfer.epochs=3", "--split", "2"]
+    log = Run._log
+    with monkeypatch.context() as patch:
+        def log_and_die(run, *arguments):
+            log(run, *arguments)
+            if run.position.step == 3:
+                raise KeyboardInterrupt
+
+        patch.setattr(Run, "_log", log_and_die)
+        assert _eval(tree, tmp_path, "ucf101", *options).exit_code == 130
+    assert _eval(tree, tmp_path, "ucf101", *options, "--resume").exit_code == 0
+    steps = [json.loads(line)["step"] for line in (tmp_path / "split-2/metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 10))
 
 
@@ -318,7 +386,7 @@ def test_a_validation_part_never_splits_a_group(task, key, group):
     assert held_out(clips, trial, TASKS[task]) == (learned, validation)
 
 
-def test_mistakes_are_answered_in_a_line(tree, checkpoint, tmp_path):
+def test_mistakes_are_answered_in_a_line(tree, checkpoint, avprep, tmp_path):
     text = tmp_path / "notes.safetensors"
     text.write_text("no checkpoint")
     pickled = tmp_path / "notes.pyth"
@@ -335,7 +403,18 @@ def test_mistakes_are_answered_in_a_line(tree, checkpoint, tmp_path):
     (fewer / "kinetics-sounds/test/index.json").write_text(json.dumps(index))
     silent = tmp_path / "silent"
     shutil.copytree(tree / "esc10", silent / "esc10")
+    unlabelled = tmp_path / "unlabelled"
+    shutil.copytree(tree / "charades" / "train", unlabelled / "charades" / "train")
+    (tmp_path / "raw" / "Charades").mkdir(parents=True)
+    raw = tree / "raw" / "charades"
+    shutil.copy(raw / "Charades/Charades_v1_classes.txt", tmp_path / "raw" / "Charades")
+    (tmp_path / "raw" / "Charades" / "Charades_v1_test.csv").write_text("id,actions\ntest0,\n")
+    _put(raw / "Charades_v1_480" / "test0.mp4", tmp_path / "raw" / "Charades_v1_480" / "test0.mp4")
+    _build(avprep, "charades", tmp_path / "raw", unlabelled, "test")
+    config = read_config("tiny", [*NETWORK, "data.modality=audio"])
+    save_model(tmp_path / "heard.safetensors", AVBert(config.model), config)
     random, ours = ("--init", "random", "--preset", "tiny"), ("--checkpoint", checkpoint)
+    heard = ("--checkpoint", tmp_path / "heard.safetensors")
     for arguments, expected in (
             (("ucf102", tree, *random), "--task ucf102: known are ucf101"),
             (("ucf101", tree), "--init random"),
@@ -352,13 +431,25 @@ def test_mistakes_are_answered_in_a_line(tree, checkpoint, tmp_path):
             (("charades", tree, *ours, "--set", "transfer.loss=hinge"), "several labels"),
             (("ucf101", tree, *ours), "avprep build --dataset ucf101 --split train1"),
             (("ucf101", tree, *ours, "--set", "transfer.epoch=1"), "did you mean transfer.epochs"),
-            (("ucf101", tree, *ours, "--set", "model.rank=4"), "only transfer.* and data.*"),
+            (("ucf101", tree, *ours, "--set", "model.rank=4"), "only transfer.* and data.* can be set"),
+            (("ucf101", tree, *random, "--set", "training.steps=4"), "only transfer.* and data.* and model.* can be"),
+            (("ucf101", tree, *ours, "--set", "data.noise=[-5, -3]"), "data.noise would do nothing here"),
+            (("ucf101", tree, *random, "--set", "data.segments=4"), "data.segments would do nothing here"),
+            (("kinetics-sounds", tree, *heard), "a visual CNN would be needed, and it has learned only an audio CNN"),
+            (("charades", unlabelled, *ours), "not one test clip has a label"),
             (("kinetics-sounds", tree, *ours, "--set", "transfer.test_views=30"), "positions for 21 segments"),
             (("ucf101", tree, *ours, "--split", "2", "--set", "data.mels=40"), "mel_bands 80"),
             (("all", tmp_path, *ours), "no task has all shards")):
         done = _avtrain("eval", "--task", arguments[0], "--shards", arguments[1], "--out", tmp_path / "run", "--device",
                         "cpu", *arguments[2:])
         assert done.exit_code == 1 and expected in done.output, (arguments, done.output, done.exception)
+    for command, options, expected in (
+            ("embed", ("--shards", tree / "esc10" / "fold1", *ours, "--set", "data.time_mask=0"), "would do nothing"),
+            ("embed", ("--shards", tree / "esc10" / "fold1", *ours, "--set", "data.segments=22"), "at most"),
+            ("embed", ("--shards", tree / "esc10" / "fold1", *heard, "--set", "data.modality=both"), "a visual CNN"),
+            ("retrieve", ("--shards", tree / "kinetics-sounds", *heard), "a visual CNN would be needed")):
+        done = _avtrain(command, "-o", tmp_path / "output", "--device", "cpu", *options)
+        assert done.exit_code == 1 and expected in done.output, (command, options, done.output, done.exception)
 
 
 def test_embeddings_in_a_table(tree, checkpoint, tmp_path):
@@ -397,6 +488,12 @@ def test_released_checkpoint_goes_through_its_three_tasks(tree, released_state, 
         torch.save({"state_dict": state}, tmp_path / f"{task}.pyth")
     quick = ["transfer.epochs=1", "transfer.train_views=1", "transfer.test_views=1", "transfer.test_crops=1",
              "data.workers=0", "data.crop=32", "data.scale=[32, 32]"]
+    done = _avtrain("eval", "--task", "esc10", "--checkpoint", tmp_path / "ucf101.pyth", "--shards", tree, "--device",
+                    "cpu")
+    assert done.exit_code == 1 and "an audio CNN would be needed, and it has learned only a visual CNN" in done.output
+    done = _avtrain("embed", "--checkpoint", tmp_path / "ucf101.pyth", "--shards", tree / "ucf101" / "test2", "-o",
+                    tmp_path / "f.parquet", "--device", "cpu")
+    assert done.exit_code == 1 and "Transformers would be needed" in done.output
     for task, batch in (("ucf101", 5), ("esc10", 8), ("kinetics-sounds", 3)):
         split = "2" if task == "ucf101" else "1"
         done = _avtrain("eval", "--task", task, "--checkpoint", tmp_path / f"{task}.pyth", "--shards", tree, "--split",
