@@ -1,0 +1,215 @@
+"""Runs of `avtrain eval`, `embed` and `retrieve`: stopped and gone on with, over all tasks, with mistakes."""
+
+import json
+import re
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+from small_eval import NETWORK, QUICK, build, invoke, predictions_of, put, results_of, run_eval, settings
+
+from avtrain.checkpoint import save_model
+from avtrain.config import read_config
+from avtrain.data.order import ClipPlace
+from avtrain.data.views import ListedClip, collate_rows
+from avtrain.engine import Run
+from avtrain.models.avbert import AVBert
+from avtrain.tasks import TASKS, protocol_for
+from avtrain.transfer import Trial, held_out
+
+
+def test_killed_and_resumed_gives_the_same_predictions(tree, tmp_path, monkeypatch):
+    options = [*settings(QUICK), "--set", "transfer.epochs=3", "--split", "2"]
+    assert run_eval(tree, tmp_path / "whole", "ucf101", *options).exit_code == 0
+    save = Run.save
+    with monkeypatch.context() as patch:
+        patch.setattr("avtrain.finetune._SAVE_EVERY", 4)
+
+        def save_and_die(run):
+            save(run)
+            if run.position.step == 8:
+                raise KeyboardInterrupt
+
+        patch.setattr(Run, "save", save_and_die)
+        assert run_eval(tree, tmp_path / "killed", "ucf101", *options).exit_code == 130
+    assert not (tmp_path / "killed/results.json").exists()
+    again = run_eval(tree, tmp_path / "killed", "ucf101", *options)
+    assert again.exit_code == 1 and "--resume" in again.output
+    other = run_eval(tree, tmp_path / "killed", "ucf101", *options, "--resume", "--seed", "1")
+    assert other.exit_code == 1 and "seed" in other.output
+    done = run_eval(tree, tmp_path / "killed", "ucf101", *options, "--resume")
+    assert done.exit_code == 0, done.output
+    assert predictions_of(tmp_path / "killed") == predictions_of(tmp_path / "whole")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "killed/split-2/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 10))
+
+
+def test_stopped_before_its_first_checkpoint_it_starts_anew(tree, tmp_path, monkeypatch):
+    options = [*settings(QUICK), "--set", "transfer.epochs=3", "--split", "2"]
+    log = Run._log
+    with monkeypatch.context() as patch:
+        def log_and_die(run, *arguments):
+            log(run, *arguments)
+            if run.position.step == 3:
+                raise KeyboardInterrupt
+
+        patch.setattr(Run, "_log", log_and_die)
+        assert run_eval(tree, tmp_path, "ucf101", *options).exit_code == 130
+    assert run_eval(tree, tmp_path, "ucf101", *options, "--resume").exit_code == 0
+    steps = [json.loads(line)["step"] for line in (tmp_path / "split-2/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 10))
+
+
+def test_all_tasks_that_are_there_in_one_table(tree, tmp_path):
+    done = run_eval(tree, tmp_path / "all", "all", "--protocol", "knn", "--recipe", "small", *settings(QUICK))
+    assert done.exit_code == 0, done.output
+    rows = [line for line in done.output.splitlines() if line.startswith("| ")][1:]
+    assert [row.split(" | ")[0] for row in rows] == ["| ucf101", "| esc10", "| kinetics-sounds", "| charades"]
+    assert (tmp_path / "all" / "charades" / "results.json").is_file()
+
+
+def test_all_tasks_go_on_where_they_were_stopped_and_one_that_fails_does_not_stop_the_others(tree, tmp_path):
+    options = ("--protocol", "knn", "--recipe", "small", *settings(QUICK))
+    assert run_eval(tree, tmp_path, "all", *options, "--split", "2").exit_code == 0
+    before = predictions_of(tmp_path / "ucf101")
+    shutil.rmtree(tmp_path / "esc10")  # as if it had been stopped before
+    done = run_eval(tree, tmp_path, "all", *options, "--split", "2", "--resume")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "esc10" / "results.json").is_file() and predictions_of(tmp_path / "ucf101") == before
+    assert not (tmp_path / "charades").exists()  # it has no second split
+
+    done = run_eval(tree, tmp_path / "visual", "all", *options, "--modality", "visual")
+    assert done.exit_code == 1 and "1 of 4 tasks could not be evaluated" in done.output, done.output
+    assert "esc10: not one training clip has picture" in done.output
+    rows = [line for line in done.output.splitlines() if line.startswith("| ")][1:]
+    assert [row.split(" | ")[0] for row in rows] == ["| ucf101", "| kinetics-sounds", "| charades"]
+
+
+def test_another_protocol_does_not_replace_what_took_long(tree, tmp_path):
+    assert run_eval(tree, tmp_path, "ucf101", *settings(QUICK), "--split", "2").exit_code == 0
+    before = results_of(tmp_path)
+    done = run_eval(tree, tmp_path, "ucf101", "--protocol", "knn", "--split", "2", *settings(QUICK))
+    assert done.exit_code == 1 and "holds an evaluation already" in done.output
+    assert results_of(tmp_path) == before
+
+
+def test_other_shards_or_precision_are_no_resumption(tree, tmp_path):
+    shards = tmp_path / "shards"
+    shutil.copytree(tree / "esc10", shards / "esc10")
+    options = ("--protocol", "knn", "--recipe", "small", "--split", "1", *settings(QUICK))
+    assert run_eval(shards, tmp_path / "run", "esc10", *options, "--precision", "float32").exit_code == 0
+    done = run_eval(shards, tmp_path / "run", "esc10", *options, "--precision", "bfloat16", "--resume")
+    assert done.exit_code == 1 and "precision differ" in done.output
+    for part, other in (("fold1", "fold2"), ("fold2", "fold1")):
+        shutil.copytree(tree / "esc10" / other, shards / "esc10" / part, dirs_exist_ok=True)
+    done = run_eval(shards, tmp_path / "run", "esc10", *options, "--precision", "float32", "--resume")
+    assert done.exit_code == 1 and "begun on other shards" in done.output
+
+
+def test_a_batch_of_which_nothing_can_be_decoded_is_empty():
+    batch = collate_rows(["a-0000: damaged"])
+    assert batch.keys == [] and batch.unreadable == ["a-0000: damaged"]
+
+
+@pytest.mark.parametrize(("task", "key", "group"), [
+    ("ucf101", "v_HandstandPushups_g{}_c{}-0000", r"g(\d+)"), ("esc10", "3-{}-{}-0000", r"3-(\d+)"),
+    ("kinetics-sounds", "video_{}-000{}", r"_(\d+)")])
+def test_a_validation_part_never_splits_a_group(task, key, group):
+    clips = [ListedClip(ClipPlace(0, number), key.format(10 + number // 4, "ABCD"[number % 4] if "esc" in task
+                                                         else number % 4), (0,), 32, 128) for number in range(80)]
+    trial = Trial(task, "finetune", protocol_for(task, "finetune", "published"), "both", validation=0.1)
+    learned, validation = held_out(clips, trial, TASKS[task])
+    assert len(learned) == 72 and {clip.key for clip in learned + validation} == {clip.key for clip in clips}
+    groups = [{re.search(group, clip.key)[1] for clip in part} for part in (learned, validation)]
+    assert not groups[0] & groups[1] and len(groups[1]) == 2
+    assert held_out(clips, trial, TASKS[task]) == (learned, validation)
+
+
+def test_mistakes_are_answered_in_a_line(tree, checkpoint, avprep, tmp_path):
+    text = tmp_path / "notes.safetensors"
+    text.write_text("no checkpoint")
+    pickled = tmp_path / "notes.pyth"
+    pickled.write_text("no checkpoint")
+    incomplete = tmp_path / "incomplete"
+    shutil.copytree(tree / "kinetics-sounds" / "train", incomplete / "kinetics-sounds" / "train")
+    mixed = tmp_path / "mixed"
+    shutil.copytree(tree / "kinetics-sounds" / "train", mixed / "kinetics-sounds" / "train")
+    shutil.copytree(tree / "ucf101" / "test2", mixed / "kinetics-sounds" / "test")
+    fewer = tmp_path / "fewer"
+    shutil.copytree(tree / "kinetics-sounds", fewer / "kinetics-sounds")
+    index = json.loads((fewer / "kinetics-sounds/test/index.json").read_text())
+    index["classes"] = index["classes"][:2]
+    (fewer / "kinetics-sounds/test/index.json").write_text(json.dumps(index))
+    silent = tmp_path / "silent"
+    shutil.copytree(tree / "esc10", silent / "esc10")
+    unlabelled = tmp_path / "unlabelled"
+    shutil.copytree(tree / "charades" / "train", unlabelled / "charades" / "train")
+    (tmp_path / "raw" / "Charades").mkdir(parents=True)
+    raw = tree / "raw" / "charades"
+    shutil.copy(raw / "Charades/Charades_v1_classes.txt", tmp_path / "raw" / "Charades")
+    (tmp_path / "raw" / "Charades" / "Charades_v1_test.csv").write_text("id,actions\ntest0,\n")
+    put(raw / "Charades_v1_480" / "test0.mp4", tmp_path / "raw" / "Charades_v1_480" / "test0.mp4")
+    build(avprep, "charades", tmp_path / "raw", unlabelled, "test")
+    config = read_config("tiny", [*NETWORK, "data.modality=audio"])
+    save_model(tmp_path / "heard.safetensors", AVBert(config.model), config)
+    random, ours = ("--init", "random", "--preset", "tiny"), ("--checkpoint", checkpoint)
+    heard = ("--checkpoint", tmp_path / "heard.safetensors")
+    for arguments, expected in (
+            (("ucf102", tree, *random), "--task ucf102: known are ucf101"),
+            (("ucf101", tree), "--init random"),
+            (("ucf101", tree, *ours, "--init", "random"), "one of the two"),
+            (("ucf101", tree, "--checkpoint", tmp_path / "none.safetensors"), "No such file"),
+            (("ucf101", tree, "--checkpoint", text), "not a checkpoint of avtrain"),
+            (("ucf101", tree, "--checkpoint", pickled), "not a checkpoint that can be read safely"),
+            (("ucf101", tree, *ours, "--split", "4"), "--split 4: ucf101 has 1, 2, 3"),
+            (("kinetics-sounds", incomplete, *ours), "avprep build --dataset kinetics-sounds --split test"),
+            (("esc50", tree, *ours), "avprep build --dataset esc50 --split fold"),
+            (("kinetics-sounds", mixed, *ours), "spec differ"),
+            (("kinetics-sounds", fewer, *ours), "classes differ"),
+            (("esc10", silent, *ours, "--modality", "visual"), "which --modality visual needs"),
+            (("charades", tree, *ours, "--set", "transfer.loss=hinge"), "several labels"),
+            (("ucf101", tree, *ours), "avprep build --dataset ucf101 --split train1"),
+            (("ucf101", tree, *ours, "--set", "transfer.epoch=1"), "did you mean transfer.epochs"),
+            (("ucf101", tree, *ours, "--set", "model.rank=4"), "only transfer.* and data.* can be set"),
+            (("ucf101", tree, *random, "--set", "training.steps=4"), "only transfer.* and data.* and model.* can be"),
+            (("ucf101", tree, *ours, "--set", "data.noise=[-5, -3]"), "data.noise would do nothing here"),
+            (("ucf101", tree, *random, "--set", "data.segments=4"), "data.segments would do nothing here"),
+            (("kinetics-sounds", tree, *heard), "a visual CNN would be needed, and it has learned only an audio CNN"),
+            (("charades", unlabelled, *ours), "not one test clip has a label"),
+            (("kinetics-sounds", tree, *ours, "--set", "transfer.test_views=30"), "positions for 21 segments"),
+            (("ucf101", tree, *ours, "--split", "2", "--set", "data.mels=40"), "mel_bands 80"),
+            (("all", tmp_path, *ours), "no task has all shards")):
+        done = invoke("eval", "--task", arguments[0], "--shards", arguments[1], "--out", tmp_path / "run", "--device",
+                      "cpu", *arguments[2:])
+        assert done.exit_code == 1 and expected in done.output, (arguments, done.output, done.exception)
+    for command, options, expected in (
+            ("embed", ("--shards", tree / "esc10" / "fold1", *ours, "--set", "data.time_mask=0"), "would do nothing"),
+            ("embed", ("--shards", tree / "esc10" / "fold1", *ours, "--set", "data.segments=22"), "at most"),
+            ("embed", ("--shards", tree / "esc10" / "fold1", *heard, "--set", "data.modality=both"), "a visual CNN"),
+            ("retrieve", ("--shards", tree / "kinetics-sounds", *heard), "a visual CNN would be needed")):
+        done = invoke(command, "-o", tmp_path / "output", "--device", "cpu", *options)
+        assert done.exit_code == 1 and expected in done.output, (command, options, done.output, done.exception)
+
+
+def test_embeddings_in_a_table(tree, checkpoint, tmp_path):
+    folder = tree / "kinetics-sounds" / "test"
+    done = invoke("embed", "--checkpoint", checkpoint, "--shards", folder, "-o", tmp_path / "f.parquet", "--cache",
+                  tmp_path, "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    rows = pq.read_table(tmp_path / "f.parquet").to_pylist()
+    assert f"{len(rows)} rows" in done.output
+    long = sorted((row for row in rows if "long" in row["key"]), key=lambda row: row["time_s"])
+    assert [row["time_s"] for row in long] == [2.0 * number for number in range(17)]
+    assert all(row["labels"] == [0] and len(row["visual"]) == len(row["multimodal"]) == 32 for row in long)
+    silent = [row for row in rows if "silent" in row["key"]]
+    assert len(silent) == 6 and all(row["audio"] is None and row["visual"] is not None for row in silent)
+
+
+def test_retrieval_finds_the_pitch_that_goes_with_a_colour(tree, checkpoint, tmp_path):
+    done = invoke("retrieve", "--checkpoint", checkpoint, "--shards", tree / "kinetics-sounds", "-o",
+                  tmp_path / "found.png", "--cache", tmp_path, "--device", "cpu")
+    assert done.exit_code == 0, (done.output, done.exception)
+    [sound, picture] = re.findall(r"recall@1 ([\d.]+) %", done.output)
+    # Red has four clips with sound in the test, all alike: two of six are found by their colour, of the others some.
+    assert float(sound) >= 30 and float(picture) >= 30
+    assert (tmp_path / "found.png").stat().st_size > 10_000
