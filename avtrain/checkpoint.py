@@ -16,17 +16,26 @@ from avtrain.files import written_whole
 from avtrain.models.avbert import AVBert
 
 
-def save_model(path: Path, model: nn.Module, config: Config) -> None:
+def parts_of(modality: str, transformers: bool) -> frozenset[str]:
+    """Of visual (CNN), audio (CNN) and transformers those that take part."""
+    seen = ("visual", "audio") if modality == "both" else (modality,)
+    return frozenset((*seen, "transformers") if transformers else seen)
+
+
+def save_model(path: Path, model: nn.Module, config: Config, parts: frozenset[str] | None = None) -> None:
     """Write a model's weights and its settings.
 
     Args:
         path: a .safetensors file.
         model: an `AVBert` of `config.model`.
         config: stored as JSON under "config" in the file's metadata.
+        parts: which of visual, audio and transformers have been trained, under "parts"; None: all for
+            `config.data.modality`.
     """
+    parts = parts_of(config.data.modality, True) if parts is None else parts
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with written_whole(path) as temporary:
-        save_file(weights, temporary, {"config": json.dumps(config_to(config))})
+        save_file(weights, temporary, {"config": json.dumps(config_to(config)), "parts": json.dumps(sorted(parts))})
 
 
 def load_config(path: Path) -> Config:
@@ -36,7 +45,17 @@ def load_config(path: Path) -> Config:
         AvtrainError: not a checkpoint of avtrain, or one with settings that this version does not know.
         OSError: the file can't be read.
     """
-    return _read(path)[0]
+    return _read(path)[1]
+
+
+def trained_parts(path: Path) -> frozenset[str]:
+    """Which of visual, audio and transformers of a checkpoint's model have been trained: the rest is as it was drawn.
+
+    Raises:
+        AvtrainError, OSError: as `load_config`.
+    """
+    metadata, config, _ = _read(path)
+    return frozenset(json.loads(metadata["parts"])) if "parts" in metadata else parts_of(config.data.modality, True)
 
 
 def load_model(path: Path) -> AVBert:
@@ -46,7 +65,7 @@ def load_model(path: Path) -> AVBert:
         AvtrainError: not a checkpoint of avtrain; tensors are missing, unknown or misshapen, by name.
         OSError: the file can't be read.
     """
-    config, weights = _read(path)
+    _, config, weights = _read(path)
     model = AVBert(config.model)
     wanted = model.state_dict()
     wrong = [f"{name} is missing" for name in wanted if name not in weights]
@@ -60,7 +79,8 @@ def load_model(path: Path) -> AVBert:
     return model.eval()
 
 
-def _read(path: Path) -> tuple[Config, dict[str, Tensor]]:
+def _read(path: Path) -> tuple[dict[str, str], Config, dict[str, Tensor]]:
+    """Metadata, the settings in it, weights."""
     path.open("rb").close()  # a missing file is an OSError with its name
     try:
         with safe_open(path, framework="pt") as file:
@@ -68,9 +88,10 @@ def _read(path: Path) -> tuple[Config, dict[str, Tensor]]:
             weights = {name: file.get_tensor(name) for name in file.keys()}
         values = json.loads(metadata["config"])
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise AvtrainError(f"{path}: not a checkpoint of avtrain (for the authors', use `avtrain import-released`)"
-                           ) from error
-    return config_from(values, str(path)), weights
+        raise AvtrainError(f"{path}: not a checkpoint of avtrain, or damaged (the authors' end in .pyth)") from error
+    if not isinstance(values, dict):
+        raise AvtrainError(f"{path}: its settings are damaged")
+    return metadata, config_from(values, str(path)), weights
 
 
 class _Exported(nn.Module):

@@ -14,7 +14,8 @@ from avtrain.errors import AvtrainError
 
 if TYPE_CHECKING:
     from avtrain.config import Config
-    from avtrain.transfer import Source, Trial
+    from avtrain.source import Source
+    from avtrain.transfer import Trial
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "AVTRAIN", "show_default": True}
 # --share: layers of a Transformer share, Transformers share, low rank
@@ -28,7 +29,6 @@ _SHARING = {
 _DEFAULT_RANK = 128
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _FOLDER = click.Path(path_type=Path, file_okay=False)
-_NAMES = {"top1": "top-1", "top5": "top-5", "map": "mAP"}
 
 
 class _Commands(click.Group):
@@ -66,7 +66,8 @@ def main() -> None:
 @click.option("--share", type=click.Choice(list(_SHARING)),
               help="Instead of the preset's: weights across layers, Transformers, both, or both with low rank.")
 @click.option("--rank", type=click.IntRange(2), help="Of the factored layers, instead of the preset's.")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE", help="Any setting; may be repeated.")
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE", help="Any setting; may be repeated.",
+              envvar="AVTRAIN_PARAMS_SET")
 def params(preset: str, fusion: str | None, share: str | None, rank: int | None, overrides: tuple[str, ...]) -> None:
     """Count parameters by part, and what sharing saves."""
     from avtrain.config import read_config
@@ -126,7 +127,8 @@ def _count(config: Config) -> dict[str, int]:
 @click.option("--test-shards", multiple=True,
               help="Held-out folders.  [default: SHARDS/test or SHARDS/val where it is]")
 @click.option("--preset", default="tiny", help="tiny, small, sound, paper, or a .toml file.")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE", help="Any setting; may be repeated.")
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE", help="Any setting; may be repeated.",
+              envvar="AVTRAIN_PRETRAIN_SET")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/pretrain"),
               help="Folder of the run: checkpoints, metrics.jsonl, TensorBoard events.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in OUT.")
@@ -181,7 +183,7 @@ def _split_of(location: str, split: str) -> str | None:
                                            "or all: those whose shards are there.")
 @click.option("--checkpoint", type=_FILE, help="Of ours (.safetensors) or of the authors' release (.pyth).")
 @click.option("--init", type=click.Choice(["random"]), help="Instead of a checkpoint: a network at its random start.")
-@click.option("--preset", default="paper", help="Network of --init random: tiny, small, sound, paper, or a .toml.")
+@click.option("--preset", help="Network of --init random: tiny, small, sound, paper, or a .toml.  [default: paper]")
 @click.option("--protocol", type=click.Choice(["finetune", "linear", "knn"]),
               help="[default: the published one of the task]")
 @click.option("--recipe", type=click.Choice(["published", "small"]), default="published",
@@ -191,35 +193,41 @@ def _split_of(location: str, split: str) -> str | None:
 @click.option("--shards", type=_FOLDER, default=Path("shards"), help="Folder that holds the datasets' shards.")
 @click.option("--validation", type=click.FloatRange(0, 0.9), default=0.0,
               help="Share of the training clips, by group, that is only looked at. Nothing is chosen by it.")
-@click.option("--seed", type=click.IntRange(0), default=0)
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE",
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0)
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE", envvar="AVTRAIN_EVAL_SET",
               help="transfer.*, data.*, and with --init random model.*; may be repeated.")
-@click.option("--out", type=_FOLDER, help="Folder of the results.  [default: runs/eval/TASK-PROTOCOL-MODALITY-START]")
+@click.option("--out", type=_FOLDER,
+              help="Folder of the results.  [default: runs/eval/TASK-PROTOCOL-MODALITY-START[-splitN]]")
 @click.option("--cache", type=_FOLDER, default=Path("runs/features"), help="Folder of frozen features.")
 @click.option("--resume", is_flag=True, help="Go on with what is in OUT.")
 @click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]")
 @click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto",
               help="auto: bfloat16 where the hardware has it.")
-def evaluate(task: str, checkpoint: Path | None, init: str | None, preset: str, protocol: str | None, recipe: str,
-             split: str, modality: str | None, shards: Path, validation: float, seed: int, overrides: tuple[str, ...],
-             out: Path | None, cache: Path, resume: bool, device: str | None, precision: str) -> None:
+def evaluate(task: str, checkpoint: Path | None, init: str | None, preset: str | None, protocol: str | None,
+             recipe: str, split: str, modality: str | None, shards: Path, validation: float, seed: int,
+             overrides: tuple[str, ...], out: Path | None, cache: Path, resume: bool, device: str | None,
+             precision: str) -> None:
     """Transfer a checkpoint to a task: train on its training split, test on its test split."""
     from avtrain.config import check_overrides
     from avtrain.features import TRAINING_ONLY
+    from avtrain.outcome import results_text
     from avtrain.runtime import choose_runtime
+    from avtrain.source import load_source, random_source
     from avtrain.tasks import TASKS, protocol_for
-    from avtrain.transfer import Trial, evaluate_task, load_source, present_tasks, random_source, splits_of
+    from avtrain.transfer import Trial, evaluate_task, present_tasks, splits_of
 
     if task != "all" and task not in TASKS:
         raise AvtrainError(f"--task {task}: known are {', '.join(TASKS)}, and all")
     if (checkpoint is None) == (init is None):
         raise AvtrainError("say what to transfer: --checkpoint FILE, or --init random for a network that has learned "
                            "nothing (one of the two)")
+    if checkpoint and preset:
+        raise AvtrainError(f"--preset {preset}: goes with --init random; a checkpoint brings its own network")
     check_overrides(overrides, ("transfer", "data") if checkpoint else ("transfer", "data", "model"),
                     ("segments", "modality", *TRAINING_ONLY))
     of_protocol = [override for override in overrides if override.startswith("transfer.")]
     of_source = [override for override in overrides if not override.startswith("transfer.")]
-    source = load_source(checkpoint, of_source) if checkpoint else random_source(preset, of_source, seed)
+    source = load_source(checkpoint, of_source) if checkpoint else random_source(preset or "paper", of_source, seed)
     runtime = choose_runtime(device, precision)
 
     complete = present_tasks(shards) if task == "all" else {task: []}
@@ -231,15 +239,16 @@ def evaluate(task: str, checkpoint: Path | None, init: str | None, preset: str, 
 
     def transferred(trial: Trial, splits: list[str]) -> dict[str, Any]:
         """Transfer to one task, and print what came out."""
-        folder = Path("runs/eval", "-".join((trial.task, trial.protocol_name, trial.modality,
-                                             source.sha256[:8] or "random")))
+        start = source.sha256[:8] or f"random-{Path(preset or 'paper').stem}"
+        name = f"{trial.task}-{trial.protocol_name}-{trial.modality}-{start}"
+        folder = Path("runs/eval", name if split == "all" else f"{name}-split{split}")
         begun = True
         if out:
             folder = out / trial.task if task == "all" else out
         if task == "all":  # some may not have been reached
             begun = (folder / "settings.json").is_file()
         results = evaluate_task(source, trial, splits, shards, folder, cache, runtime, resume and begun)
-        _print_results(results, folder)
+        click.echo(f"{results_text(results)}\n  {folder}/results.json (95 % bootstrap intervals over videos)")
         return results
 
     if task != "all":
@@ -255,6 +264,8 @@ def evaluate(task: str, checkpoint: Path | None, init: str | None, preset: str, 
 def _evaluate_all(transferred: Callable[[Trial, list[str]], dict[str, Any]],
                   wanted: list[tuple[Trial, list[str]]]) -> None:
     """One task after the other, and a table; one that fails does not stop the others."""
+    from avtrain.outcome import table_text
+
     rows, failed = [], []
     for trial, splits in wanted:
         try:
@@ -262,58 +273,17 @@ def _evaluate_all(transferred: Callable[[Trial, list[str]], dict[str, Any]],
         except AvtrainError as error:
             failed.append(f"{trial.task}: {str(error).removeprefix(f'{trial.task}: ')}")
     if rows:
-        _print_table(rows)
+        click.echo(table_text(rows))
     if failed:
         raise AvtrainError("\n  ".join([f"{len(failed)} of {len(wanted)} tasks could not be evaluated:", *failed]))
-
-
-def _figure(of: dict[str, Any]) -> str:
-    low, high = of["interval_95"]
-    return f"{of['percent']:.1f} % ({low:.1f} to {high:.1f})"
-
-
-def _print_results(results: dict[str, Any], folder: Path) -> None:
-    """Each split and the mean, with intervals, beside what was published."""
-    click.echo(f"{results['task']}, {results['protocol']}, {results['modality']}")
-    lines = results["splits"] if len(results["splits"]) == 1 else {**results["splits"], "mean": results["mean"]}
-    for split, of_split in lines.items():
-        videos = _videos(results["shards"][split]["videos"]) if split in results["shards"] else ""
-        click.echo(f"  {'split ' if split != 'mean' else ''}{split}: " + ", ".join(
-            f"{_NAMES[name]} {_figure(of)}" for name, of in of_split.items()) + videos)
-    if results["differs_from_published"]:
-        click.echo(f"  not comparable with published numbers: {'; '.join(results['differs_from_published'])}")
-    elif results["published"]:
-        click.echo(f"  published: {_published(results)}; {results['source']}")
-    click.echo(f"  {folder}/results.json (95 % bootstrap intervals over videos)")
-
-
-def _videos(counts: dict[str, int]) -> str:
-    left_out = f" ({counts['unreadable']} more can't be decoded and are left out)" if counts["unreadable"] else ""
-    return f", {counts['test'] - counts['unreadable']} videos{left_out}"
-
-
-def _published(results: dict[str, Any]) -> str:
-    """The published figures, where they are of the same thing; else nothing."""
-    return "" if results["differs_from_published"] else ", ".join(
-        f"{_NAMES[name]} {value} %" for name, value in results["published"].items())
-
-
-def _print_table(rows: list[dict[str, Any]]) -> None:
-    """One line a task."""
-    click.echo("\n| task | protocol | modality | splits | ours, 95 % interval | published | source |")
-    click.echo("|---|---|---|---|---|---|---|")
-    for row in rows:
-        ours = ", ".join(f"{_NAMES[name]} {_figure(of)}" for name, of in row["mean"].items())
-        published = _published(row)
-        click.echo(f"| {row['task']} | {row['protocol']} | {row['modality']} | {len(row['splits'])} | {ours} | "
-                   f"{published or '-'} | {row['source'] if published else '-'} |")
 
 
 @main.command()
 @click.option("--checkpoint", type=_FILE, required=True, help="Of ours (.safetensors) or of the authors' (.pyth).")
 @click.option("--shards", multiple=True, required=True, help="Folder of a split, or its address; may be repeated.")
 @click.option("-o", "--output", type=_FILE, required=True, help="The .parquet file to write.")
-@click.option("--set", "overrides", multiple=True, metavar="data.FIELD=VALUE", help="May be repeated.")
+@click.option("--set", "overrides", multiple=True, metavar="data.FIELD=VALUE", help="May be repeated.",
+              envvar="AVTRAIN_EMBED_SET")
 @click.option("--cache", type=_FOLDER, default=Path("runs/features"), help="Folder of frozen features.")
 @click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]")
 @click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto")
@@ -328,17 +298,23 @@ def embed(checkpoint: Path, shards: tuple[str, ...], output: Path, overrides: tu
     from avtrain.retrieval import write_embeddings
     from avtrain.runtime import choose_runtime
 
+    _check_ending(output, ".parquet")
     source = _embedder(checkpoint, overrides)
     rows = write_embeddings(source.model, open_folders(list(shards)), source.data, choose_runtime(device, precision),
                             output, cache)
     click.echo(f"{rows} rows in {output}")
 
 
+def _check_ending(output: Path, ending: str) -> None:
+    if output.suffix != ending:
+        raise AvtrainError(f"--output {output}: a name that ends in {ending} is wanted")
+
+
 def _embedder(checkpoint: Path, overrides: tuple[str, ...]) -> Source:
     """A whole network, to take embeddings from."""
     from avtrain.config import check_overrides
     from avtrain.features import TRAINING_ONLY
-    from avtrain.transfer import load_source
+    from avtrain.source import load_source
 
     check_overrides(overrides, ("data",), TRAINING_ONLY)
     source = load_source(checkpoint, overrides)
@@ -351,7 +327,8 @@ def _embedder(checkpoint: Path, overrides: tuple[str, ...]) -> Source:
 @click.option("--shards", type=_FOLDER, default=Path("shards/demo"),
               help="Folder of a dataset: common directions are learned on train, without labels, tried on test.")
 @click.option("-o", "--output", type=_FILE, default=Path("runs/retrieval.png"), help="The picture to draw.")
-@click.option("--set", "overrides", multiple=True, metavar="data.FIELD=VALUE", help="May be repeated.")
+@click.option("--set", "overrides", multiple=True, metavar="data.FIELD=VALUE", help="May be repeated.",
+              envvar="AVTRAIN_RETRIEVE_SET")
 @click.option("--cache", type=_FOLDER, default=Path("runs/features"), help="Folder of frozen features.")
 @click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]")
 @click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto")
@@ -363,6 +340,11 @@ def retrieve(checkpoint: Path, shards: Path, output: Path, overrides: tuple[str,
     from avtrain.retrieval import retrieve as search
     from avtrain.runtime import choose_runtime
 
+    _check_ending(output, ".png")
+    for split in ("train", "test"):
+        if not (shards / split / "index.json").is_file():
+            raise AvtrainError(f"--shards {shards}: no {split}/index.json in it; the folder of a dataset with a train "
+                               "and a test split is wanted, such as shards/demo")
     source = _embedder(checkpoint, overrides)
     source.check_parts("both", True)
     train, test = (open_folders([str(shards / split)]) for split in ("train", "test"))
@@ -392,10 +374,10 @@ def import_released(checkpoint: Path, output: Path) -> None:
     """Turn a CHECKPOINT of the authors' release (.pyth) into one of ours."""
     from avtrain.checkpoint import save_model
     from avtrain.config import Config
-    from avtrain.released import load_released
+    from avtrain.released import load_released_parts
 
-    model = load_released(checkpoint)
-    save_model(output, model, Config(model=model.config))
+    model, parts = load_released_parts(checkpoint)
+    save_model(output, model, Config(model=model.config), parts)
     click.echo(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters in {output}; "
                "task heads were left out")
 

@@ -202,6 +202,7 @@ class TrainingConfig:
             _check(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
         for name in ("learning_rate", "weight_decay", "clip_norm", "seed"):
             _check(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "at least 0")
+        _check(self.seed < 2**32, "training.seed", self.seed, "under 2**32")
         _check(0 <= self.warmup < 1, "training.warmup", self.warmup, "at least 0 and under 1")
         _check(self.batch_size % self.accumulate == 0, "training.batch_size", self.batch_size,
                f"a multiple of training.accumulate ({self.accumulate})")

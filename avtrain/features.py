@@ -192,7 +192,11 @@ def _cached(kind: type[_Kind], compute: Callable[[], _Kind], cache: Path | None,
 def _read(kind: type[_Kind], path: Path) -> _Kind:
     with safe_open(path, framework="pt") as file:
         keys, labels = json.loads((file.metadata() or {})["clips"])
-        return kind(keys, labels, **{name: file.get_tensor(name) for name in file.keys()})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if {len(keys), len(labels)} != {len(tensor) for tensor in tensors.values()} or any(
+            tensor.dtype not in (torch.float32, torch.bool) for tensor in tensors.values()):
+        raise ValueError(f"{path}: rows and tensors do not fit")
+    return kind(keys, labels, **tensors)
 
 
 def _key(model: AVBert, folder: ShardFolder, runtime: Runtime, view: Any) -> list[Any]:

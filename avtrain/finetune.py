@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from avtrain.checkpoint import save_model
+from avtrain.checkpoint import parts_of, save_model
 from avtrain.config import Config, DataConfig, TrainingConfig
 from avtrain.data.augment import SoundAugmentation
 from avtrain.data.loader import Batch, UnreadableCount, batches, readable
@@ -22,7 +22,6 @@ from avtrain.data.order import at_epoch
 from avtrain.data.shards import ShardFolder
 from avtrain.data.views import ListedClip, ViewDataset, ViewItem, Views, collate_rows
 from avtrain.engine import Run
-from avtrain.errors import AvtrainError
 from avtrain.files import written_whole
 from avtrain.models.avbert import AVBert
 from avtrain.models.heads import ClipHead, SequenceHead
@@ -112,13 +111,14 @@ def fixed_views(protocol: Protocol, modality: str) -> Views:
     return Views(modality, protocol.test_views, protocol.test_crops if modality != "audio" else 1, protocol.sequence)
 
 
-def finetune(model: AVBert, folder: ShardFolder, train: list[ListedClip], validation: list[ListedClip],
-             data: DataConfig, protocol: Protocol, modality: str, out: Path, runtime: Runtime, seed: int,
-             resume: bool) -> Classifier:
+def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: list[ListedClip],
+             validation: list[ListedClip], data: DataConfig, protocol: Protocol, modality: str, out: Path,
+             runtime: Runtime, seed: int, resume: bool) -> Classifier:
     """Train a model and new heads; the last epoch counts.
 
     Args:
         model: changed in place.
+        parts: what of it was trained before: see `trained_parts`.
         folder: shards of the training split.
         train, validation: its clips, in two parts; the second is only looked at, after every epoch.
         data: what the model takes.
@@ -152,7 +152,8 @@ def finetune(model: AVBert, folder: ShardFolder, train: list[ListedClip], valida
         evaluate_every=steps_an_epoch, save_every=_SAVE_EVERY, keep=1, seed=seed)
 
     def save_weights(to: Path) -> None:
-        save_model(to / "model.safetensors", model, Config(model=model.config, data=data))
+        save_model(to / "model.safetensors", model, Config(model=model.config, data=data),
+                   parts | parts_of(modality, protocol.sequence))
         heads = {name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()
                  if not name.startswith("model.")}
         with written_whole(to / "heads.safetensors") as temporary:
@@ -163,8 +164,8 @@ def finetune(model: AVBert, folder: ShardFolder, train: list[ListedClip], valida
         run.resume()
 
     def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        if not batch.keys:
-            raise AvtrainError(f"not one clip of a batch could be decoded; the first: {batch.unreadable[0]}")
+        if not batch.keys:  # with `accumulate`, a part may be a single video
+            return torch.zeros((), requires_grad=True), {}
         logits, counts = classifier(*batch.tensors(runtime.device))
         return _loss(logits, counts, batch.labels, protocol), {}
 

@@ -11,14 +11,56 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from avtrain.errors import AvtrainError
 from avtrain.files import written_whole
 from avtrain.predictions import Figure, Predictions
+
+_NAMES = {"top1": "top-1", "top5": "top-5", "map": "mAP"}
 
 
 def numbers(of: Mapping[str, Figure]) -> dict[str, Any]:
     """Each figure in percent with its 95 % interval, as JSON has it."""
     return {name: {"percent": round(figure.value, 2), "interval_95": [round(end, 2) for end in figure.interval()]}
             for name, figure in of.items()}
+
+
+def results_text(results: Mapping[str, Any]) -> str:
+    """Lines for people: each split and the mean, with intervals, what was published, and what differs from that."""
+    counts = {split: of["videos"] for split, of in results["shards"].items()}
+    lines = [f"{results['task']}, {results['protocol']}, {results['modality']}"]
+    for split, of_split in results["splits"].items():
+        left_out = counts[split]["unreadable"]
+        lines.append(f"  split {split}: {_figures_text(of_split)}, {counts[split]['test'] - left_out} videos"
+                     + (f" ({left_out} more can't be decoded and are left out)" if left_out else ""))
+    if len(results["splits"]) > 1:
+        lines.append(f"  mean: {_figures_text(results['mean'])}")
+    lines += [f"  validation of split {split}: {_figures_text(of_split)}, {counts[split]['validation']} videos"
+              for split, of_split in results["validation"].items()]
+    if results["published"]:
+        lines.append(f"  published: {_published_text(results)}; {results['source']}")
+    if results["differs_from_published"]:
+        lines.append(f"  not the published setting: {'; '.join(results['differs_from_published'])}")
+    return "\n".join(lines)
+
+
+def table_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table in Markdown, one line a task."""
+    lines = ["", "| task | protocol | modality | splits | ours, 95 % interval | published | source | ours differs in |",
+             "|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = [row["task"], row["protocol"], row["modality"], str(len(row["splits"])), _figures_text(row["mean"]),
+                 _published_text(row), row["source"], "; ".join(row["differs_from_published"])]
+        lines.append(f"| {' | '.join(cell or '-' for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def _figures_text(figures: Mapping[str, Any]) -> str:
+    return ", ".join(f"{_NAMES[name]} {of['percent']:.1f} % ({of['interval_95'][0]:.1f} to {of['interval_95'][1]:.1f})"
+                     for name, of in figures.items())
+
+
+def _published_text(results: Mapping[str, Any]) -> str:
+    return ", ".join(f"{_NAMES[name]} {value} %" for name, value in results["published"].items())
 
 
 def write_predictions(path: Path, predicted: Mapping[str, Predictions]) -> None:
@@ -32,10 +74,19 @@ def write_predictions(path: Path, predicted: Mapping[str, Predictions]) -> None:
 
 
 def read_predictions(path: Path) -> Predictions:
-    """What `write_predictions` wrote of one split."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return Predictions([line["video"] for line in lines], [line["labels"] for line in lines],
-                       np.asarray([line["scores"] for line in lines], np.float64))
+    """What `write_predictions` wrote of one split.
+
+    Raises:
+        AvtrainError: it is damaged.
+    """
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found = Predictions([line["video"] for line in lines], [line["labels"] for line in lines],
+                            np.asarray([line["scores"] for line in lines], np.float64))
+        found.targets()
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise AvtrainError(f"{path} is damaged: delete it; --resume then makes it again") from error
+    return found
 
 
 def draw_confusion(path: Path, counts: NDArray[np.int64], classes: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ class Predictions:
     Attributes:
         videos: names.
         labels: classes of each.
-        scores: (videos, classes), the mean over all clips, crops and heads.
+        scores: (videos, classes), the mean over all stored clips (by length), views, crops and heads.
     """
 
     videos: list[str]
@@ -44,31 +44,34 @@ class ScoreSums:
     """Sums scores of rows by video.
 
     Args:
-        clips: those whose videos are predicted; a video's labels are those of all its clips.
+        clips: those whose videos are predicted; a video's labels are those of all its clips, and a clip weighs as long
+            as it is: the rest of a video, cut off after 30 s, is seen in as many views as the 30 s.
         classes: how many.
     """
 
     def __init__(self, clips: Iterable[ListedClip], classes: int) -> None:
         self._labels: dict[str, set[int]] = {}
+        self._lengths_s: dict[str, float] = {}
         for clip in clips:
             self._labels.setdefault(clip.video, set()).update(clip.labels)
+            self._lengths_s[clip.key] = clip.length_s
         self._rows = {video: row for row, video in enumerate(self._labels)}
-        self._sums, self._counts = np.zeros((len(self._rows), classes)), np.zeros(len(self._rows))
+        self._sums, self._weights = np.zeros((len(self._rows), classes)), np.zeros(len(self._rows))
 
     def add(self, keys: Sequence[str], scores: Tensor) -> None:
         """Scores, (rows, classes), of views of the clips with these keys; others than were asked for are passed by."""
         for key, row in zip(keys, scores.double().cpu().numpy(), strict=True):
-            at = self._rows.get(video_of(key))
-            if at is not None:
-                self._sums[at] += row
-                self._counts[at] += 1
+            if key in self._lengths_s:
+                at = self._rows[video_of(key)]
+                self._sums[at] += self._lengths_s[key] * row
+                self._weights[at] += self._lengths_s[key]
 
     def predictions(self) -> Predictions:
         """What has been seen; videos without a single readable clip are left out."""
-        seen = self._counts > 0
+        seen = self._weights > 0
         videos = [video for video, row in self._rows.items() if seen[row]]
         return Predictions(videos, [sorted(self._labels[video]) for video in videos],
-                           self._sums[seen] / self._counts[seen, None])
+                           self._sums[seen] / self._weights[seen, None])
 
 
 @dataclass(frozen=True)

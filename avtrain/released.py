@@ -7,7 +7,6 @@ others must be there too, in the right shapes.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -219,7 +218,9 @@ def _read(checkpoint: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Te
         source = str(checkpoint)
         try:
             content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # unpickling what is no checkpoint ends in any of them
             raise AvtrainError(f"{source}: not a checkpoint that can be read safely; a file by torch.save with nothing "
                                "but tensors, numbers and text is wanted") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):

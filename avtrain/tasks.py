@@ -80,7 +80,9 @@ class Protocol:
             _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and under 1")
         for name in ("frequency_mask", "time_mask"):
             _check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
-        _check(self.head_rate > 0, "head_rate", self.head_rate, "above 0")
+        _check(0 < self.head_rate <= 100, "head_rate", self.head_rate, "above 0, at most 100")
+        for name in ("train_views", "test_views"):
+            _check(getattr(self, name) <= 1000, name, getattr(self, name), "at most 1000")
         _check(self.loss in LOSSES, "loss", self.loss, "one of " + ", ".join(LOSSES))
         _check(self.test_crops in (1, 3), "test_crops", self.test_crops, "1 or 3")
         _check(self.batch_size % self.accumulate == 0, "batch_size", self.batch_size,
@@ -98,6 +100,8 @@ class Task:
         modality: what the published model sees of it: visual, audio or both.
         protocol: the published one: finetune or linear.
         classes: how many the whole dataset has; 0: any.
+        fps: frames a second of the published views; 0: open, or no pictures.
+        test_videos: how many the official test part of a split has, where that is known.
         group: pattern of the part of a key that belongs together: a validation part never splits it; "": the source.
         published: figure -> number in percent, from `source`.
         source: where the published numbers stand.
@@ -111,6 +115,8 @@ class Task:
     group: str = ""
     published: dict[str, float] = dataclasses.field(default_factory=dict)
     source: str = ""
+    fps: int = 0
+    test_videos: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 _Splits = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
@@ -123,11 +129,13 @@ _UCF_SPLITS: _Splits = {number: ((f"train{number}",), (f"test{number}",)) for nu
 
 TASKS: dict[str, Task] = {
     "ucf101": Task("ucf101", _UCF_SPLITS, "visual", "finetune", 101,
-                   r"v_\w+_g\d+(?=_c\d)", {"top1": 87.5, "top5": 97.4}, _RELEASE),
-    "esc50": Task("esc50", _ESC_SPLITS, "audio", "linear", 50, _ESC_RECORDING, {"top1": 85.9, "top5": 96.9}, _RELEASE),
+                   r"v_\w+_g\d+(?=_c\d)", {"top1": 87.5, "top5": 97.4}, _RELEASE, 15,
+                   {"1": 3783, "2": 3734, "3": 3696}),
+    "esc50": Task("esc50", _ESC_SPLITS, "audio", "linear", 50, _ESC_RECORDING, {"top1": 85.9, "top5": 96.9}, _RELEASE,
+                  test_videos=dict.fromkeys(_ESC_SPLITS, 400)),
     "esc10": Task("esc10", _ESC_SPLITS, "audio", "linear", 10, _ESC_RECORDING),
     "kinetics-sounds": Task("kinetics-sounds", {"1": (("train",), ("test",))}, "both", "finetune", 32,
-                            published={"top1": 85.8, "top5": 97.8}, source=_RELEASE),
+                            published={"top1": 85.8, "top5": 97.8}, source=_RELEASE, fps=15),
     "charades": Task("charades", {"1": (("train",), ("test",))}, "both", "finetune", 157),
     "audioset": Task("audioset", {"1": (("balanced_train",), ("eval",))}, "both", "finetune", 527),
     "demo": Task("demo", {"1": (("train",), ("test",))}, "both", "finetune", 8),
@@ -145,6 +153,13 @@ _FINETUNE = {"ucf101": _ONE_CNN, "esc50": _ONE_CNN, "esc10": _ONE_CNN, "kinetics
 # Published for ESC-50; elsewhere ours: the same with cross-entropy (or a sigmoid a class) on standardised features.
 _ESC_LINEAR = Protocol(epochs=300, batch_size=128, head_rate=0.003, dropout=0.1, loss="hinge", test_crops=1)
 
+# Fields of a protocol that play no part in it.
+_OF_NETWORK = {"backbone_rate", "warmup", "sequence", "random_start", "frequency_mask", "time_mask", "equalizer",
+               "frequency_shift", "accumulate"}
+_IDLE = {"finetune": {"standardize", "neighbours"}, "linear": {*_OF_NETWORK, "neighbours"},
+         "knn": {field.name for field in dataclasses.fields(Protocol)} - {
+             "train_views", "test_views", "test_crops", "standardize", "neighbours"}}
+
 
 def protocol_for(task: str, name: str, recipe: str, overrides: Iterable[str] = ()) -> Protocol:
     """The settings of a task's protocol.
@@ -156,7 +171,8 @@ def protocol_for(task: str, name: str, recipe: str, overrides: Iterable[str] = (
         overrides: `transfer.field=value`.
 
     Raises:
-        AvtrainError: an unknown field, or a value of the wrong type or out of range.
+        AvtrainError: an unknown field, one that plays no part in this protocol, or a value of the wrong type or out of
+            range.
     """
     finetune = _FINETUNE[task]
     if name == "finetune":
@@ -170,9 +186,10 @@ def protocol_for(task: str, name: str, recipe: str, overrides: Iterable[str] = (
                                      test_views=max(10, finetune.test_views))
     values = {}
     for override in overrides:
-        section, field, value = parse_override(override)
-        if section != "transfer":
-            raise AvtrainError(f"--set {override}: only transfer.*, data.* and (with --init random) model.* count here")
+        _, field, value = parse_override(override)
+        if field in _IDLE[name]:
+            raise AvtrainError(f"--set {override}: transfer.{field} would do nothing in the protocol {name} of {task}; "
+                               "leave it out")
         values[field] = value
     return dataclasses.replace(chosen, **section_values("transfer", Protocol, values))
 

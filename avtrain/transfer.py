@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,8 @@ import numpy as np
 import torch
 
 from avtrain import __version__
-from avtrain.checkpoint import load_config, load_model
-from avtrain.config import Config, DataConfig, parse_override, read_config, section_values
+from avtrain.config import DataConfig
+from avtrain.data.loader import MOST_UNREADABLE
 from avtrain.data.shards import ShardFolder, open_folders
 from avtrain.data.views import ListedClip, ViewDataset, Views, list_clips
 from avtrain.errors import AvtrainError
@@ -25,44 +23,15 @@ from avtrain.features import view_features, weights_hash
 from avtrain.files import written_whole
 from avtrain.finetune import finetune, fixed_views, predict
 from avtrain.metrics import confusion
-from avtrain.models.avbert import AVBert
 from avtrain.outcome import draw_confusion, git_commit, numbers, read_predictions, write_predictions
 from avtrain.predictions import Predictions, ScoreSums, figures, mean_figures, targets_of
 from avtrain.probes import linear_scores, neighbour_scores, standardized
-from avtrain.released import load_released_parts
-from avtrain.runtime import Runtime, seed_everything
+from avtrain.runtime import Runtime
+from avtrain.source import Source
 from avtrain.tasks import TASKS, Protocol, Task, protocol_for
 
 _SETTINGS, _SHARDS = "settings.json", "shards.json"
-_RESULTS, _PREDICTIONS = "results.json", "predictions.jsonl"
-
-
-@dataclass(frozen=True)
-class Source:
-    """What is transferred.
-
-    Attributes:
-        model: the network with its weights.
-        data: what it takes.
-        name: the checkpoint's path, or how it was drawn.
-        sha256: of the checkpoint's file; empty for a random start.
-        parts: which of visual, audio and transformers have learned something (of a random start: all count).
-    """
-
-    model: AVBert
-    data: DataConfig
-    name: str
-    sha256: str
-    parts: frozenset[str] = frozenset({"visual", "audio", "transformers"})
-
-    def check_parts(self, modality: str, transformers: bool) -> None:
-        """Raise AvtrainError where an answer would come from a part that has learned nothing."""
-        wanted = {"visual": {"visual"}, "audio": {"audio"}}.get(modality, {"visual", "audio"})
-        missing = sorted((wanted | ({"transformers"} if transformers else set())) - self.parts)
-        if missing:
-            names = {"visual": "a visual CNN", "audio": "an audio CNN", "transformers": "Transformers"}
-            raise AvtrainError(f"{self.name}: {' and '.join(names[part] for part in missing)} would be needed, and it "
-                               f"has learned only {' and '.join(names[part] for part in sorted(self.parts))}")
+_RESULTS, _PREDICTIONS, _VALIDATION = "results.json", "predictions.jsonl", "validation.jsonl"
 
 
 @dataclass(frozen=True)
@@ -84,46 +53,6 @@ class Trial:
     modality: str
     validation: float = 0.0
     seed: int = 0
-
-
-def load_source(checkpoint: Path, overrides: Iterable[str] = ()) -> Source:
-    """Read a checkpoint of ours (.safetensors) or of the authors' release.
-
-    Args:
-        checkpoint: the file.
-        overrides: `data.field=value`.
-
-    Raises:
-        AvtrainError: it is neither.
-        OSError: the file can't be read.
-    """
-    if checkpoint.suffix == ".safetensors":
-        model, data = load_model(checkpoint), load_config(checkpoint).data
-        seen = ("visual", "audio") if data.modality == "both" else (data.modality,)
-        parts = frozenset({"transformers", *seen})
-    else:
-        (model, parts), data = load_released_parts(checkpoint), DataConfig()
-    values = {field: value for _, field, value in map(parse_override, overrides)}
-    data = dataclasses.replace(data, **section_values("data", DataConfig, values))
-    Config(model=model.config, data=data)  # checks that they go together
-    with checkpoint.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return Source(model, data, str(checkpoint), digest.hexdigest(), parts)
-
-
-def random_source(preset: str, overrides: Iterable[str], seed: int) -> Source:
-    """A network at its random start.
-
-    Args:
-        preset: tiny, small, sound, paper, or a .toml file.
-        overrides: `model.field=value` or `data.field=value`.
-        seed: of its weights.
-    """
-    config = read_config(preset, overrides)
-    seed_everything(seed)
-    return Source(AVBert(config.model), config.data, f"random start of preset {preset}", "")
 
 
 def evaluate_task(source: Source, trial: Trial, splits: list[str], root: Path, out: Path, cache: Path,
@@ -151,28 +80,27 @@ def evaluate_task(source: Source, trial: Trial, splits: list[str], root: Path, o
                 "model": dataclasses.asdict(source.model.config), "checkpoint": source.name,
                 "checkpoint_sha256": source.sha256, "weights": weights_hash(source.model),
                 "precision": str(runtime.autocast_dtype or torch.float32)}
-    _check_folder(out, settings, trial, resume)
-    of_splits, predicted, shards = [], {}, {}
-    for split in splits:
-        before, seen = _one_split(source, trial, split, root, out / f"split-{split}", cache, runtime, resume)
-        predicted[split], shards[split] = before, seen
-        of_splits.append(figures(before, seen["multi_label"], trial.seed))
-    classes = next(iter(shards.values()))["classes"]
+    _check_folder(out, settings, trial, splits, resume)
+    outcomes = {split: _one_split(source, trial, split, root, out / f"split-{split}", cache, runtime, resume)
+                for split in splits}
+    folder = next(iter(outcomes.values())).folder
+    of_splits = [figures(outcome.test, folder.multi_label, trial.seed) for outcome in outcomes.values()]
     results = {
         "task": trial.task, "protocol": trial.protocol_name, "modality": trial.modality,
         "splits": {split: numbers(of_split) for split, of_split in zip(splits, of_splits, strict=True)},
         "mean": numbers(mean_figures(of_splits)),
+        "validation": {split: numbers(figures(outcome.validation, folder.multi_label, trial.seed))
+                       for split, outcome in outcomes.items() if outcome.validation},
         "published": task.published, "source": task.source,
-        "differs_from_published": _differences(task, trial, splits, len(classes)),
-        "classes": len(classes), "settings": settings,
-        "shards": {split: {name: entry[name] for name in ("train", "test", "fps", "videos")}
-                   for split, entry in shards.items()},
+        "differs_from_published": _differences(task, trial, source.data, outcomes),
+        "classes": len(folder.classes), "settings": settings,
+        "shards": {split: outcome.shards for split, outcome in outcomes.items()},
         "version": __version__, "commit": git_commit()}
-    write_predictions(out / _PREDICTIONS, predicted)
-    if not next(iter(shards.values()))["multi_label"]:
+    write_predictions(out / _PREDICTIONS, {split: outcome.test for split, outcome in outcomes.items()})
+    if not folder.multi_label:
         draw_confusion(out / "confusion.png", sum(
-            (confusion(found.scores, found.single()) for found in predicted.values()),
-            np.zeros((len(classes), len(classes)), np.int64)), classes)
+            (confusion(outcome.test.scores, outcome.test.single()) for outcome in outcomes.values()),
+            np.zeros((len(folder.classes), len(folder.classes)), np.int64)), folder.classes)
     with written_whole(out / _RESULTS) as temporary:
         temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
@@ -210,45 +138,64 @@ def splits_of(name: str, wanted: str, root: Path) -> list[str]:
     return splits
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """What came of a split.
+
+    Attributes:
+        test, validation: predictions of test videos, and of what was held out of training, if anything was.
+        folder: all its shards; classes and spec are the same in both parts.
+        shards: what results.json says of them.
+    """
+
+    test: Predictions
+    validation: Predictions | None
+    folder: ShardFolder
+    shards: dict[str, Any]
+
+
 def _one_split(source: Source, trial: Trial, split: str, root: Path, out: Path, cache: Path, runtime: Runtime,
-               resume: bool) -> tuple[Predictions, dict[str, Any]]:
-    """Predictions of a split's test videos, and what is to be said of its shards."""
+               resume: bool) -> _Outcome:
+    """Train and test on one split, or read what was found before."""
     task = TASKS[trial.task]
-    locations = [[str(root / task.dataset / part) for part in parts] for parts in task.splits[split]]
-    both = open_folders([*locations[0], *locations[1]])  # checks that classes and spec are the same everywhere
-    train, test = (open_folders(part) for part in locations)
+    places = [[str(root / task.dataset / part) for part in parts] for parts in task.splits[split]]
+    both = open_folders([*places[0], *places[1]])  # checks that classes and spec are the same everywhere
+    train, test = (open_folders(part) for part in places)
     _check_fit(both, source, trial)
-    train_clips, test_clips = (_usable(folder, trial, part)
-                               for folder, part in ((train, "training"), (test, "test")))
-    learned, validation = held_out(train_clips, trial, task)
-    parts = {"train": learned, "validation": validation, "test": test_clips}
-    about = {"train": train.fingerprint, "test": test.fingerprint, "fps": both.spec["fps"],
-             "classes": list(both.classes), "multi_label": both.multi_label,
-             "videos": {part: len({clip.video for clip in clips}) for part, clips in parts.items()}}
-
-    def finished(found: Predictions) -> tuple[Predictions, dict[str, Any]]:
-        about["videos"]["unreadable"] = about["videos"]["test"] - len(found.videos)
-        return found, about
-
-    done = out / _PREDICTIONS
+    test_clips = _usable(test, trial, "test")
+    learned, validation = held_out(_usable(train, trial, "training"), trial, task)
+    done, looked_at = out / _PREDICTIONS, out / _VALIDATION
     _check_shards(out / _SHARDS, [train.fingerprint, test.fingerprint], resume)
-    if resume and done.is_file():
-        return finished(read_predictions(done))
-    if trial.protocol_name == "finetune":
-        classifier = finetune(copy.deepcopy(source.model), train, learned, validation, source.data, trial.protocol,
-                              trial.modality, out, runtime, trial.seed, resume)
-        found = predict(classifier, test, test_clips, source.data, trial.protocol, trial.modality, runtime)
-    else:
-        found = _probe(source, trial, locations, learned, test_clips, both, cache, runtime)
+    if not (resume and done.is_file()):
+        asked = [(test, test_clips), *([(train, validation)] if validation else [])]
+        if trial.protocol_name == "finetune":
+            classifier = finetune(copy.deepcopy(source.model), source.parts, train, learned, validation, source.data,
+                                  trial.protocol, trial.modality, out, runtime, trial.seed, resume)
+            found = [predict(classifier, folder, clips, source.data, trial.protocol, trial.modality, runtime)
+                     for folder, clips in asked]
+        else:
+            found = _probe(source, trial, (train, learned), asked, cache, runtime)
         if validation:
-            on_validation = _probe(source, trial, [locations[0], locations[0]], learned, validation, both, cache,
-                                   runtime)
-            out.mkdir(parents=True, exist_ok=True)
-            with written_whole(out / "metrics.jsonl") as temporary:
-                temporary.write_text(json.dumps({f"validation_{name}": figure.value for name, figure in figures(
-                    on_validation, both.multi_label, trial.seed).items()}) + "\n", encoding="utf-8")
-    write_predictions(done, {split: found})
-    return finished(read_predictions(done))  # rounded as they are written: the same when they are read by --resume
+            write_predictions(looked_at, {split: found[1]})
+        write_predictions(done, {split: found[0]})
+    on_test = read_predictions(done)  # rounded as it was written: --resume finds the same
+    _check_predictions(done, on_test, test_clips, len(both.classes))
+    videos = {part: len({clip.video for clip in clips})
+              for part, clips in (("train", learned), ("validation", validation), ("test", test_clips))}
+    return _Outcome(on_test, read_predictions(looked_at) if validation else None, both, {
+        "train": train.fingerprint, "test": test.fingerprint, "fps": both.spec["fps"],
+        "videos": {**videos, "unreadable": videos["test"] - len(on_test.videos)}})
+
+
+def _check_predictions(path: Path, found: Predictions, clips: list[ListedClip], classes: int) -> None:
+    """Raise where a file of predictions is not of these videos, or scores are no numbers."""
+    videos = {clip.video for clip in clips}
+    if (set(found.videos) - videos or len(videos) - len(found.videos) > MOST_UNREADABLE * len(clips)
+            or found.scores.shape[1:] != (classes,)):
+        raise AvtrainError(f"{path} is not whole: delete it; --resume then makes it again")
+    if not np.isfinite(found.scores).all():
+        raise AvtrainError(f"{path}: scores are not finite numbers; try a lower transfer.head_rate, or --precision "
+                           "float32, in another folder (--out)")
 
 
 def _check_fit(folder: ShardFolder, source: Source, trial: Trial) -> None:
@@ -306,34 +253,43 @@ def held_out(clips: list[ListedClip], trial: Trial, task: Task) -> tuple[list[Li
     return learned, validation
 
 
-def _probe(source: Source, trial: Trial, locations: list[list[str]], train_clips: list[ListedClip],
-           test_clips: list[ListedClip], folder: ShardFolder, cache: Path, runtime: Runtime) -> Predictions:
-    """Linear or nearest neighbours, on features cached for each folder of shards by itself."""
-    protocol, classes = trial.protocol, len(folder.classes)
-    views = [Views(trial.modality, protocol.train_views), fixed_views(protocol, trial.modality)]
-    (x, keys, labels), (test_x, test_keys, _) = (
-        _rows_of(source, places, view, clips, cache, runtime)
-        for places, view, clips in zip(locations, views, (train_clips, test_clips), strict=True))
-    targets = targets_of(labels, classes, folder.multi_label)
+def _probe(source: Source, trial: Trial, known: tuple[ShardFolder, list[ListedClip]],
+           asked: list[tuple[ShardFolder, list[ListedClip]]], cache: Path, runtime: Runtime) -> list[Predictions]:
+    """Linear or nearest neighbours, on cached features: learned from the clips that are known, for each that are
+    asked."""
+    protocol, classes = trial.protocol, len(known[0].classes)
+    x, keys, labels = _rows_of(source, *known, Views(trial.modality, protocol.train_views), cache, runtime)
+    others, other_keys = [], []
+    for folder, clips in asked:
+        rows, of_rows, _ = _rows_of(source, folder, clips, fixed_views(protocol, trial.modality), cache, runtime)
+        others.append(rows)
+        other_keys.append(of_rows)
+    targets = targets_of(labels, classes, known[0].multi_label)
     if protocol.standardize:
-        x, test_x = standardized(x, test_x)
+        x, *others = standardized(x, *others)
     if trial.protocol_name == "linear":
-        scores = linear_scores(x, targets, test_x, classes, protocol, trial.seed, runtime.device)
+        scores = linear_scores(x, targets, torch.cat(others), classes, protocol, trial.seed, runtime.device)
     else:
-        (x, first), (test_x, first_test) = _means_by_clip(x, keys), _means_by_clip(test_x, test_keys)
-        test_keys = [test_keys[row] for row in first_test]
-        scores = neighbour_scores(x, targets[first], test_x, classes, protocol)
-    sums = ScoreSums(test_clips, classes)
-    sums.add(test_keys, scores)
-    return sums.predictions()
+        x, first = _means_by_clip(x, keys)
+        targets = targets[first]
+        for number, (rows, of_rows) in enumerate(zip(others, other_keys, strict=True)):
+            others[number], first = _means_by_clip(rows, of_rows)
+            other_keys[number] = [of_rows[row] for row in first]
+        scores = neighbour_scores(x, targets, torch.cat(others), classes, protocol)
+    found = []
+    for (_, clips), of_rows, part in zip(asked, other_keys, scores.split([len(rows) for rows in others]), strict=True):
+        sums = ScoreSums(clips, classes)
+        sums.add(of_rows, part)
+        found.append(sums.predictions())
+    return found
 
 
-def _rows_of(source: Source, locations: list[str], views: Views, clips: list[ListedClip], cache: Path,
+def _rows_of(source: Source, folder: ShardFolder, clips: list[ListedClip], views: Views, cache: Path,
              runtime: Runtime) -> tuple[torch.Tensor, list[str], list[list[int]]]:
-    """Features, keys and labels of the views of these clips."""
+    """Features, keys and labels of the views of these clips; cached for each folder of shards by itself."""
     parts = [
         view_features(source.model, ViewDataset(open_folders([location]), source.data, views, None), runtime, cache)
-        for location in locations]
+        for location in folder.locations]
     wanted = {clip.key for clip in clips}
     keys = [key for part in parts for key in part.keys]
     labels = [one for part in parts for one in part.labels]
@@ -357,53 +313,77 @@ def _views_json(trial: Trial) -> dict[str, Any]:
     return {name: views[name] for name in ("clips", "crops", "sequence")}
 
 
-def _differences(task: Task, trial: Trial, splits: list[str], classes: int) -> list[str]:
+def _differences(task: Task, trial: Trial, data: DataConfig, outcomes: dict[str, _Outcome]) -> list[str]:
     """What makes a number another one than the published: short phrases; the network itself is not looked at."""
+    folder = next(iter(outcomes.values())).folder
     found = []
-    if task.classes not in (0, classes):
-        found.append(f"{classes} of {task.classes} classes")
+    if task.classes not in (0, len(folder.classes)):
+        found.append(f"{len(folder.classes)} of {task.classes} classes")
     if not task.published:
         return found
     if trial.modality != task.modality:
         found.append(f"{trial.modality} instead of {task.modality}")
+    others = [f"data.{name}" for name in ("segment_frames", "crop", "scale")
+              if trial.modality != "audio" and getattr(data, name) != getattr(DataConfig(), name)]
     if trial.protocol_name != task.protocol:
         found.append(f"{trial.protocol_name} instead of {task.protocol}")
     else:
         theirs = dataclasses.asdict(protocol_for(trial.task, trial.protocol_name, "published"))
-        others = [name for name, value in dataclasses.asdict(trial.protocol).items() if value != theirs[name]]
-        found += [f"other {', '.join(others)}"] if others else []
-    if len(splits) < len(task.splits):
-        found.append(f"{len(splits)} of {len(task.splits)} splits")
+        others = [name for name, value in dataclasses.asdict(trial.protocol).items() if value != theirs[name]] + others
+    if others:
+        found.append(f"other {', '.join(others)}")
+    if task.fps not in (0, folder.spec["fps"]):
+        found.append(f"{folder.spec['fps']:g} instead of {task.fps} frames a second")
+    if len(outcomes) < len(task.splits):
+        found.append(f"{len(outcomes)} of {len(task.splits)} splits")
+    videos = sum(len(outcome.test.videos) for outcome in outcomes.values())
+    wanted = sum(task.test_videos.get(split, 0) for split in outcomes)
+    if wanted not in (0, videos):
+        found.append(f"{videos} of {wanted} test videos")
     if trial.validation:
         found.append("a part of training held out")
     return found
 
 
+def _read_json(path: Path, kind: type[Any]) -> Any:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, kind):
+        raise AvtrainError(f"{path} is damaged: choose another folder with --out, or delete this one")
+    return content
+
+
 def _check_shards(path: Path, fingerprints: list[str], resume: bool) -> None:
     """Raise where a split was begun on other shards; else write down on which."""
-    if resume and path.is_file() and json.loads(path.read_text(encoding="utf-8")) != fingerprints:
+    if resume and path.is_file() and _read_json(path, list) != fingerprints:
         raise AvtrainError(f"--resume: {path.parent} was begun on other shards; choose another folder with --out")
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(fingerprints) + "\n", encoding="utf-8")
 
 
-def _check_folder(out: Path, settings: dict[str, Any], trial: Trial, resume: bool) -> None:
+def _check_folder(out: Path, settings: dict[str, Any], trial: Trial, splits: list[str], resume: bool) -> None:
+    """Raise where the folder holds something else; remove what is made anew."""
     path = out / _SETTINGS
     settings = json.loads(json.dumps(settings))  # tuples as lists
     settings["data"].pop("workers")  # how batches are made does not change them
     if resume:
         if not path.is_file():
             raise AvtrainError(f"--resume: no evaluation in {out}")
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = _read_json(path, dict)
         if before != settings:
             names = ", ".join(sorted(name for name in settings if before.get(name) != settings[name]))
             raise AvtrainError(f"--resume: {names} differ from those in {path}; use the same checkpoint and options")
         return
-    results = [*out.glob(_RESULTS)] if trial.protocol_name == "finetune" else []  # others take seconds to make again
-    if [*out.glob("split-*/checkpoints"), *results]:
+    kept = [*out.glob("split-*/checkpoints"), *out.glob("split-*/" + _PREDICTIONS), *out.glob(_RESULTS)]
+    # Linear and knn take seconds to make again.
+    again = trial.protocol_name != "finetune" and path.is_file() and _read_json(path, dict) == settings
+    if kept and not again:
         raise AvtrainError(f"{out} holds an evaluation already: go on with --resume, or choose another folder with "
                            "--out")
-    for old in out.glob("split-*/" + _PREDICTIONS):
-        old.unlink()
+    for old in (out / _RESULTS, *(out / f"split-{split}" / name for split in splits
+                                  for name in (_PREDICTIONS, _VALIDATION, _SHARDS))):
+        old.unlink(missing_ok=True)
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")

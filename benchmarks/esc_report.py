@@ -14,8 +14,9 @@ from avtrain.config import Config, read_config
 from avtrain.outcome import read_predictions
 from avtrain.predictions import Figure, figures, mean_figures
 from avtrain.runtime import Runtime, choose_runtime
+from avtrain.source import Source, load_source, random_source
 from avtrain.tasks import protocol_for
-from avtrain.transfer import Source, Trial, evaluate_task, load_source, random_source
+from avtrain.transfer import Trial, evaluate_task
 from benchmarks.learned import trained
 
 PRESET = "sound"

@@ -11,8 +11,9 @@ from avtrain.data.shards import open_folders
 from avtrain.pretrain import pretrain
 from avtrain.retrieval import retrieve
 from avtrain.runtime import Runtime
+from avtrain.source import Source, load_source
 from avtrain.tasks import protocol_for
-from avtrain.transfer import Source, Trial, evaluate_task, load_source
+from avtrain.transfer import Trial, evaluate_task
 
 NEIGHBOURS = 5
 

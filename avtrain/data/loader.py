@@ -19,7 +19,7 @@ from avtrain.data.order import ClipPlace
 from avtrain.data.shards import ShardFolder, ShardReader
 from avtrain.errors import AvtrainError
 
-_MOST_UNREADABLE = 0.01
+MOST_UNREADABLE = 0.01
 
 
 @dataclass
@@ -216,7 +216,10 @@ def batches(dataset: Dataset[Any], items: Iterable[list[tuple[Any, int]]], worke
         # Its own, though nothing here draws from it: a loader would else take a number from the global generator
         # whenever it is made, and a run that is resumed in mid-epoch would go on with other dropout.
         generator=torch.Generator())
-    yield from loader
+    try:
+        yield from loader
+    except AvtrainError as error:  # a worker's comes with its traceback as text
+        raise AvtrainError(str(error).rpartition("AvtrainError: ")[2].strip()) from error
 
 
 def _one_thread(worker: int) -> None:
@@ -248,7 +251,7 @@ class UnreadableCount:
     """
 
     def __init__(self, clips: int) -> None:
-        self._most = _MOST_UNREADABLE * clips
+        self._most = MOST_UNREADABLE * clips
         self.names: set[str] = set()
 
     def add(self, unreadable: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import tarfile
@@ -42,6 +43,8 @@ class ShardFolder:
     multi_label: bool
     fingerprint: str
     """A hash over the shards' checksums: names the data in reports."""
+    locations: tuple[str, ...]
+    """The folders or addresses that it was opened from."""
 
     @property
     def clips(self) -> int:
@@ -75,7 +78,7 @@ def open_folders(locations: list[str], labelled: bool = True) -> ShardFolder:
         raise AvtrainError(f"no clips in {', '.join(locations) or 'an empty list of folders'}")
     fingerprint = hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()[:16]
     classes = tuple(first["classes"]) if labelled else ()
-    return ShardFolder(tuple(shards), first["spec"], classes, first["multi_label"], fingerprint)
+    return ShardFolder(tuple(shards), first["spec"], classes, first["multi_label"], fingerprint, tuple(locations))
 
 
 def _is_remote(location: str) -> bool:
@@ -94,21 +97,25 @@ def _read_index(location: str) -> tuple[str, dict[str, Any]]:
         address = location if location.endswith(".json") else location.rstrip("/") + "/index.json"
         try:
             with urllib.request.urlopen(address, timeout=_DOWNLOAD_TIMEOUT_S) as response:
-                text = response.read().decode()
-        except (urllib.error.URLError, TimeoutError) as error:
+                text = response.read()
+        except (urllib.error.URLError, http.client.HTTPException, TimeoutError) as error:
             raise AvtrainError(f"{address}: {error}") from error
     else:
         path = Path(location) if location.endswith(".json") else Path(location) / "index.json"
         address = str(path)
         if not path.is_file():
             raise AvtrainError(f"no {path}: name folders that `avprep build` has finished, such as shards/demo/train")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes()
     try:
         index = json.loads(text)
     except ValueError as error:
         raise AvtrainError(f"{address} is not a readable index: {error}") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise AvtrainError(f"{address} is not an index of avprep shards")
+    wanted = {"format_version": int, "spec": dict, "classes": list, "multi_label": bool, "shardlist": list}
+    lacking = [name for name, kind in wanted.items() if not isinstance(index.get(name), kind)]
+    if lacking:
+        raise AvtrainError(f"{address} is damaged: no {', '.join(lacking)}; build the split again with `avprep build`")
     if index["format_version"] != FORMAT_VERSION:
         raise AvtrainError(f"{address} has format version {index['format_version']}, this avtrain reads "
                            f"{FORMAT_VERSION}: use the avtrain that goes with the avprep that wrote it")

@@ -26,13 +26,14 @@ _CLIP_NUMBER = re.compile(r"-\d{4,}$")
 
 @dataclass(frozen=True)
 class ListedClip:
-    """What the shards say of one stored clip: where it is, its labels, how many frames of picture and of log-mel."""
+    """What the shards say of one stored clip: where it is, its labels, frames of picture and of log-mel, seconds."""
 
     place: ClipPlace
     key: str
     labels: tuple[int, ...]
     frames: int
     mel_frames: int
+    length_s: float
 
     @property
     def video(self) -> str:
@@ -60,7 +61,7 @@ def list_clips(folder: ShardFolder) -> list[ListedClip]:
         for position in range(shard.clips):
             key, info = reader.read_info(number, position)
             clips.append(ListedClip(ClipPlace(number, position), key, tuple(info["labels"]), info["frames"],
-                                    info["mel_frames"]))
+                                    info["mel_frames"], info["end_s"] - info["start_s"]))
     return clips
 
 

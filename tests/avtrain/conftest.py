@@ -59,9 +59,9 @@ def videos(ffmpeg, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tree(videos, media, avprep, tmp_path_factory):
+def tree(videos, avprep, tmp_path_factory):
     """Shards like UCF101 (15 fps; Cricket has no test clips, one video is too short for ten clips), Kinetics-Sounds
-    (one video a class without sound, one of 34 s), Charades and ESC-10."""
+    (one video a class without sound, one of 34 s) and Charades."""
     root = tmp_path_factory.mktemp("transfer")
     ucf = root / "raw" / "ucf"
     lists = ucf / "ucfTrainTestlist"
@@ -99,13 +99,18 @@ def tree(videos, media, avprep, tmp_path_factory):
         for number in range(len(actions)):
             put(videos / f"normal{number % 3}.mp4", charades / "Charades_v1_480" / f"{split}{number}.mp4")
     build(avprep, "charades", charades, root)
+    return root
 
+
+@pytest.fixture(scope="session")
+def tree_with_esc10(tree, media, avprep):
+    """The same with ESC-10: a real recording of two classes in every fold."""
     for name in ("001 - Dog bark", "002 - Rain"):
         for fold in "12345":
             for path in sorted((media / "esc10" / name).glob(f"{fold}-*.ogg"))[:1]:
-                put(path, root / "raw" / "esc10" / name / path.name)
-    build(avprep, "esc10", root / "raw" / "esc10", root)
-    return root
+                put(path, tree / "raw" / "esc10" / name / path.name)
+    build(avprep, "esc10", tree / "raw" / "esc10", tree)
+    return tree
 
 
 @pytest.fixture(scope="session")

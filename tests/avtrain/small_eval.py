@@ -10,7 +10,8 @@ from avtrain.cli import main
 NETWORK = ["data.segment_frames=4", "data.crop=24", "data.scale=[24, 32]", "data.workers=0", "model.visual_width=8",
            "model.visual_blocks=[1, 1]", "model.audio_width=8", "model.audio_blocks=[1, 1]", "model.dimension=32",
            "model.feedforward=64", "model.layers=1", "model.rank=8"]
-QUICK = ["transfer.epochs=1", "transfer.train_views=2", "transfer.test_views=3", "transfer.batch_size=4"]
+VIEWS = ["transfer.train_views=2", "transfer.test_views=3"]
+QUICK = [*VIEWS, "transfer.epochs=1", "transfer.batch_size=4"]
 
 
 def settings(values):

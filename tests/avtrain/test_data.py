@@ -334,6 +334,7 @@ def test_what_does_not_fit_is_said(folders, tmp_path):
         open_folders([str(tmp_path / "nowhere")])
     index = json.loads((folders[0] / "index.json").read_text())
     for change, message in (({"format_version": 9}, "format version 9"), ({"format": "x"}, "not an index of avprep"),
+                            ({"shardlist": None}, "is damaged: no shardlist"),
                             ({"spec": {**index["spec"], "fps": 15}}, "spec differ.*fps 15 and 16"),
                             ({"shardlist": [{**index["shardlist"][0], "url": "../../etc/passwd"}]}, "beside")):
         (tmp_path / "index.json").write_text(json.dumps({**index, **change}))

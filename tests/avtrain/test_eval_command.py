@@ -6,7 +6,9 @@ import shutil
 
 import pyarrow.parquet as pq
 import pytest
-from small_eval import NETWORK, QUICK, build, invoke, predictions_of, put, results_of, run_eval, settings
+import torch
+from small_eval import NETWORK, QUICK, VIEWS, build, invoke, predictions_of, put, results_of, run_eval, settings
+from torch import nn
 
 from avtrain.checkpoint import save_model
 from avtrain.config import read_config
@@ -60,16 +62,18 @@ def test_stopped_before_its_first_checkpoint_it_starts_anew(tree, tmp_path, monk
     assert steps == list(range(1, 10))
 
 
-def test_all_tasks_that_are_there_in_one_table(tree, tmp_path):
-    done = run_eval(tree, tmp_path / "all", "all", "--protocol", "knn", "--recipe", "small", *settings(QUICK))
+def test_all_tasks_that_are_there_in_one_table(tree_with_esc10, tmp_path):
+    done = run_eval(tree_with_esc10, tmp_path / "all", "all", "--protocol", "knn", "--recipe", "small",
+                    *settings(VIEWS))
     assert done.exit_code == 0, done.output
     rows = [line for line in done.output.splitlines() if line.startswith("| ")][1:]
     assert [row.split(" | ")[0] for row in rows] == ["| ucf101", "| esc10", "| kinetics-sounds", "| charades"]
+    assert "| top-1 87.5 %, top-5 97.4 % | README of" in rows[0] and "knn instead of finetune" in rows[0]
     assert (tmp_path / "all" / "charades" / "results.json").is_file()
 
 
-def test_all_tasks_go_on_where_they_were_stopped_and_one_that_fails_does_not_stop_the_others(tree, tmp_path):
-    options = ("--protocol", "knn", "--recipe", "small", *settings(QUICK))
+def test_all_tasks_go_on_where_they_were_stopped_and_one_that_fails_does_not_stop_the_others(tree_with_esc10, tmp_path):
+    tree, options = tree_with_esc10, ("--protocol", "knn", "--recipe", "small", *settings(VIEWS))
     assert run_eval(tree, tmp_path, "all", *options, "--split", "2").exit_code == 0
     before = predictions_of(tmp_path / "ucf101")
     shutil.rmtree(tmp_path / "esc10")  # as if it had been stopped before
@@ -80,7 +84,7 @@ def test_all_tasks_go_on_where_they_were_stopped_and_one_that_fails_does_not_sto
 
     done = run_eval(tree, tmp_path / "visual", "all", *options, "--modality", "visual")
     assert done.exit_code == 1 and "1 of 4 tasks could not be evaluated" in done.output, done.output
-    assert "esc10: not one training clip has picture" in done.output
+    assert "esc10: not one test clip has picture" in done.output
     rows = [line for line in done.output.splitlines() if line.startswith("| ")][1:]
     assert [row.split(" | ")[0] for row in rows] == ["| ucf101", "| kinetics-sounds", "| charades"]
 
@@ -88,21 +92,43 @@ def test_all_tasks_go_on_where_they_were_stopped_and_one_that_fails_does_not_sto
 def test_another_protocol_does_not_replace_what_took_long(tree, tmp_path):
     assert run_eval(tree, tmp_path, "ucf101", *settings(QUICK), "--split", "2").exit_code == 0
     before = results_of(tmp_path)
-    done = run_eval(tree, tmp_path, "ucf101", "--protocol", "knn", "--split", "2", *settings(QUICK))
+    done = run_eval(tree, tmp_path, "ucf101", "--protocol", "knn", "--split", "2", *settings(VIEWS))
     assert done.exit_code == 1 and "holds an evaluation already" in done.output
+    assert results_of(tmp_path) == before
+
+
+def test_frozen_features_are_judged_again_by_the_same_settings_only(tree, tmp_path):
+    options = ("--protocol", "knn", "--split", "2", *settings(VIEWS))
+    assert run_eval(tree, tmp_path, "ucf101", *options).exit_code == 0
+    before = results_of(tmp_path)
+    assert run_eval(tree, tmp_path, "ucf101", *options).exit_code == 0
+    done = run_eval(tree, tmp_path, "ucf101", *options, "--recipe", "small")
+    assert done.exit_code == 1 and "holds an evaluation already" in done.output
+    assert results_of(tmp_path) == before
+
+
+@pytest.mark.parametrize(("protocol", "fields"), [("linear", QUICK), ("knn", VIEWS)])
+def test_validation_is_reported_and_changes_neither_test_nor_resumption(tree, tmp_path, protocol, fields):
+    options = ("--protocol", protocol, "--validation", "0.3", *settings(fields))
+    done = run_eval(tree, tmp_path, "kinetics-sounds", *options)
+    assert done.exit_code == 0 and "validation of split 1: top-1" in done.output, done.output
+    before = results_of(tmp_path)
+    assert before["validation"]["1"]["top1"]["interval_95"][1] <= 100
+    assert before["shards"]["1"]["videos"] == {"train": 6, "validation": 3, "test": 7, "unreadable": 0}
+    assert run_eval(tree, tmp_path, "kinetics-sounds", *options, "--resume").exit_code == 0
     assert results_of(tmp_path) == before
 
 
 def test_other_shards_or_precision_are_no_resumption(tree, tmp_path):
     shards = tmp_path / "shards"
-    shutil.copytree(tree / "esc10", shards / "esc10")
-    options = ("--protocol", "knn", "--recipe", "small", "--split", "1", *settings(QUICK))
-    assert run_eval(shards, tmp_path / "run", "esc10", *options, "--precision", "float32").exit_code == 0
-    done = run_eval(shards, tmp_path / "run", "esc10", *options, "--precision", "bfloat16", "--resume")
+    shutil.copytree(tree / "kinetics-sounds", shards / "kinetics-sounds")
+    options = ("--protocol", "knn", "--recipe", "small", *settings(VIEWS))
+    assert run_eval(shards, tmp_path / "run", "kinetics-sounds", *options, "--precision", "float32").exit_code == 0
+    done = run_eval(shards, tmp_path / "run", "kinetics-sounds", *options, "--precision", "bfloat16", "--resume")
     assert done.exit_code == 1 and "precision differ" in done.output
-    for part, other in (("fold1", "fold2"), ("fold2", "fold1")):
-        shutil.copytree(tree / "esc10" / other, shards / "esc10" / part, dirs_exist_ok=True)
-    done = run_eval(shards, tmp_path / "run", "esc10", *options, "--precision", "float32", "--resume")
+    for part, other in (("train", "test"), ("test", "train")):
+        shutil.copytree(tree / "kinetics-sounds" / other, shards / "kinetics-sounds" / part, dirs_exist_ok=True)
+    done = run_eval(shards, tmp_path / "run", "kinetics-sounds", *options, "--precision", "float32", "--resume")
     assert done.exit_code == 1 and "begun on other shards" in done.output
 
 
@@ -116,7 +142,7 @@ def test_a_batch_of_which_nothing_can_be_decoded_is_empty():
     ("kinetics-sounds", "video_{}-000{}", r"_(\d+)")])
 def test_a_validation_part_never_splits_a_group(task, key, group):
     clips = [ListedClip(ClipPlace(0, number), key.format(10 + number // 4, "ABCD"[number % 4] if "esc" in task
-                                                         else number % 4), (0,), 32, 128) for number in range(80)]
+                                                         else number % 4), (0,), 32, 128, 2.0) for number in range(80)]
     trial = Trial(task, "finetune", protocol_for(task, "finetune", "published"), "both", validation=0.1)
     learned, validation = held_out(clips, trial, TASKS[task])
     assert len(learned) == 72 and {clip.key for clip in learned + validation} == {clip.key for clip in clips}
@@ -141,7 +167,9 @@ def test_mistakes_are_answered_in_a_line(tree, checkpoint, avprep, tmp_path):
     index["classes"] = index["classes"][:2]
     (fewer / "kinetics-sounds/test/index.json").write_text(json.dumps(index))
     silent = tmp_path / "silent"
-    shutil.copytree(tree / "esc10", silent / "esc10")
+    put(tree / "raw/sounds/test/class0/silent.mp4", *(tmp_path / "mute" / split / "class0" / "a.mp4"
+                                                      for split in ("train", "test")))
+    build(avprep, "kinetics-sounds", tmp_path / "mute", silent)
     unlabelled = tmp_path / "unlabelled"
     shutil.copytree(tree / "charades" / "train", unlabelled / "charades" / "train")
     (tmp_path / "raw" / "Charades").mkdir(parents=True)
@@ -152,21 +180,29 @@ def test_mistakes_are_answered_in_a_line(tree, checkpoint, avprep, tmp_path):
     build(avprep, "charades", tmp_path / "raw", unlabelled, "test")
     config = read_config("tiny", [*NETWORK, "data.modality=audio"])
     save_model(tmp_path / "heard.safetensors", AVBert(config.model), config)
+    diverged = AVBert(config.model)
+    nn.init.constant_(diverged.audio_projection.bias, torch.nan)
+    save_model(tmp_path / "diverged.safetensors", diverged, config)
     random, ours = ("--init", "random", "--preset", "tiny"), ("--checkpoint", checkpoint)
     heard = ("--checkpoint", tmp_path / "heard.safetensors")
     for arguments, expected in (
             (("ucf102", tree, *random), "--task ucf102: known are ucf101"),
             (("ucf101", tree), "--init random"),
             (("ucf101", tree, *ours, "--init", "random"), "one of the two"),
+            (("ucf101", tree, *ours, "--preset", "tiny"), "--preset tiny: goes with --init random"),
+            (("ucf101", tree, *ours, "--protocol", "knn", "--set", "transfer.epochs=3"), "would do nothing in the"),
             (("ucf101", tree, "--checkpoint", tmp_path / "none.safetensors"), "No such file"),
             (("ucf101", tree, "--checkpoint", text), "not a checkpoint of avtrain"),
             (("ucf101", tree, "--checkpoint", pickled), "not a checkpoint that can be read safely"),
+            (("ucf101", tree, "--checkpoint", tree / "raw/ucf/ucfTrainTestlist/classInd.txt"), "not a checkpoint that"),
+            (("esc10", tree, "--checkpoint", tmp_path / "diverged.safetensors"), "its training diverged"),
+            (("ucf101", tree, *ours, "--set", "transfer.head_rate=1e38"), "at most 100 is wanted"),
             (("ucf101", tree, *ours, "--split", "4"), "--split 4: ucf101 has 1, 2, 3"),
             (("kinetics-sounds", incomplete, *ours), "avprep build --dataset kinetics-sounds --split test"),
             (("esc50", tree, *ours), "avprep build --dataset esc50 --split fold"),
             (("kinetics-sounds", mixed, *ours), "spec differ"),
             (("kinetics-sounds", fewer, *ours), "classes differ"),
-            (("esc10", silent, *ours, "--modality", "visual"), "which --modality visual needs"),
+            (("kinetics-sounds", silent, *ours, "--modality", "audio"), "which --modality audio needs"),
             (("charades", tree, *ours, "--set", "transfer.loss=hinge"), "several labels"),
             (("ucf101", tree, *ours), "avprep build --dataset ucf101 --split train1"),
             (("ucf101", tree, *ours, "--set", "transfer.epoch=1"), "did you mean transfer.epochs"),
@@ -183,12 +219,50 @@ def test_mistakes_are_answered_in_a_line(tree, checkpoint, avprep, tmp_path):
                       "cpu", *arguments[2:])
         assert done.exit_code == 1 and expected in done.output, (arguments, done.output, done.exception)
     for command, options, expected in (
-            ("embed", ("--shards", tree / "esc10" / "fold1", *ours, "--set", "data.time_mask=0"), "would do nothing"),
-            ("embed", ("--shards", tree / "esc10" / "fold1", *ours, "--set", "data.segments=22"), "at most"),
-            ("embed", ("--shards", tree / "esc10" / "fold1", *heard, "--set", "data.modality=both"), "a visual CNN"),
-            ("retrieve", ("--shards", tree / "kinetics-sounds", *heard), "a visual CNN would be needed")):
-        done = invoke(command, "-o", tmp_path / "output", "--device", "cpu", *options)
+            ("embed", ("--shards", tree / "ucf101" / "test2", *ours, "--set", "data.time_mask=0"), "would do nothing"),
+            ("embed", ("--shards", tree / "ucf101" / "test2", *ours, "--set", "data.segments=22"), "at most"),
+            ("embed", ("--shards", tree / "ucf101" / "test2", *heard, "--set", "data.modality=both"), "a visual CNN"),
+            ("embed", ("--shards", tree / "ucf101" / "test2", *ours, "-o", "f.csv"), "ends in .parquet is wanted"),
+            ("retrieve", ("--shards", tree / "kinetics-sounds", *heard), "a visual CNN would be needed"),
+            ("retrieve", ("--shards", tree / "kinetics-sounds" / "test", *ours), "the folder of a dataset with"),
+            ("retrieve", ("--shards", tree / "kinetics-sounds", *ours, "-o", "f"), "ends in .png is wanted")):
+        output = tmp_path / ("output.parquet" if command == "embed" else "output.png")
+        done = invoke(command, "-o", output, "--device", "cpu", *options)
         assert done.exit_code == 1 and expected in done.output, (command, options, done.output, done.exception)
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("settings.json", "{"), ("settings.json", "3"), ("split-2/shards.json", ""), ("split-2/predictions.jsonl", ""),
+    ("split-2/predictions.jsonl", "{}"), ("split-2/predictions.jsonl", '{"video": "v", "labels": [0], "scores": [1]}'),
+    ("split-2/predictions.jsonl", "half")])
+def test_a_damaged_file_is_not_gone_on_with(tree, tmp_path, name, content):
+    options = ("--protocol", "knn", "--split", "2", *settings(VIEWS))
+    assert run_eval(tree, tmp_path, "ucf101", *options).exit_code == 0
+    path, before = tmp_path / name, results_of(tmp_path)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:1]) if content == "half" else content)  # half: one of two videos
+    done = run_eval(tree, tmp_path, "ucf101", *options, "--resume")
+    assert done.exit_code == 1 and f"{path} is " in done.output and "delete" in done.output, (done.output,
+                                                                                             done.exception)
+    assert results_of(tmp_path) == before
+
+
+def test_settings_from_the_environment(tree, tmp_path, monkeypatch):
+    monkeypatch.setenv("AVTRAIN_EVAL_SET", "transfer.test_views=0 transfer.train_views=2")
+    done = run_eval(tree, tmp_path, "ucf101", "--split", "2", network=[])
+    assert done.exit_code == 1 and "transfer.test_views = 0: at least 1" in done.output, done.output
+
+
+def test_a_damaged_shard_is_one_line_from_workers_too(tree, checkpoint, tmp_path):
+    shutil.copytree(tree / "kinetics-sounds" / "test", tmp_path / "shards")
+    [shard] = (tmp_path / "shards").glob("*.tar")
+    shard.write_bytes(shard.read_bytes()[:30_000])
+    for workers in (0, 2):
+        done = invoke("embed", "--checkpoint", checkpoint, "--shards", tmp_path / "shards", "-o",
+                      tmp_path / "f.parquet", "--cache", tmp_path / "cache", "--device", "cpu", "--set",
+                      f"data.workers={workers}")
+        [line] = [line for line in done.output.splitlines() if line.startswith("Error")]
+        assert done.exit_code == 1 and f"{shard} can't be read as a tar" in line and "Traceback" not in done.output
 
 
 def test_embeddings_in_a_table(tree, checkpoint, tmp_path):

@@ -1,10 +1,12 @@
 """Frozen features: the model's own outputs, cached, and never mixed up."""
 
 import dataclasses
+import json
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from avtrain.config import DataConfig, ModelConfig
 from avtrain.data.loader import ClipDataset
@@ -83,5 +85,9 @@ def test_settings_without_weights_have_their_own_cache(folder, model, tmp_path):
 def test_a_damaged_cache_is_made_again(folder, model, tmp_path):
     first = frozen_features(model, folder, DATA, CPU, tmp_path)
     [path] = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes()[:200])
-    assert torch.equal(frozen_features(model, folder, DATA, CPU, tmp_path).visual_pooled, first.visual_pooled)
+    whole = path.read_bytes()
+    others = save({"visual_pooled": first.visual_pooled[:1]}, {"clips": json.dumps([first.keys, first.labels])})
+    for damaged in (whole[:200], others):
+        path.write_bytes(damaged)
+        assert torch.equal(frozen_features(model, folder, DATA, CPU, tmp_path).visual_pooled, first.visual_pooled)
+        assert path.read_bytes() == whole

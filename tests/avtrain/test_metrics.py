@@ -51,14 +51,14 @@ def test_bootstrap_is_seeded_and_has_the_width_of_the_binomial(random):
 def test_a_video_counts_once_and_has_the_labels_of_all_its_clips():
     import torch
 
-    clips = [ListedClip((0, number), key, labels, 1, 1)
-             for number, (key, labels) in enumerate([("a-0000", (0,)), ("a-0001", (2,)), ("b-1-0000", (1,))])]
+    clips = [ListedClip((0, number), key, labels, 1, 1, length_s) for number, (key, labels, length_s) in enumerate(
+        [("a-0000", (0,), 30.0), ("a-0001", (2,), 10.0), ("b-1-0000", (1,), 5.0)])]
     sums = ScoreSums(clips, 3)
     sums.add(["a-0000", "b-1-0000"], torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
-    sums.add(["a-0001", "c-0000"], torch.tensor([[0.0, 0.0, 1.0], [9.0, 9.0, 9.0]]))
+    sums.add(["a-0001", "c-0000", "a-0002"], torch.tensor([[0.0, 0.0, 1.0], [9.0, 9.0, 9.0], [9.0, 9.0, 9.0]]))
     found = sums.predictions()
     assert found.videos == ["a", "b-1"] and found.labels == [[0, 2], [1]]
-    assert found.scores.tolist() == [[0.5, 0, 0.5], [0, 1, 0]]
+    assert found.scores.tolist() == [[0.75, 0, 0.25], [0, 1, 0]]  # 30 s of the first video, then 10 s
     assert figures(found, True, 0)["map"].value == 100
 
 
