@@ -213,8 +213,9 @@ def evaluate(task: str, checkpoint: Path | None, init: str | None, preset: str |
     from avtrain.outcome import results_text
     from avtrain.runtime import choose_runtime
     from avtrain.source import load_source, random_source
+    from avtrain.splits import present_tasks, splits_of
     from avtrain.tasks import TASKS, protocol_for
-    from avtrain.transfer import Trial, evaluate_task, present_tasks, splits_of
+    from avtrain.transfer import Trial, evaluate_task
 
     if task != "all" and task not in TASKS:
         raise AvtrainError(f"--task {task}: known are {', '.join(TASKS)}, and all")

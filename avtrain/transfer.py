@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from avtrain import __version__
 from avtrain.config import DataConfig
 from avtrain.data.loader import MOST_UNREADABLE
 from avtrain.data.shards import ShardFolder, open_folders
-from avtrain.data.views import ListedClip, ViewDataset, Views, list_clips
+from avtrain.data.views import ListedClip, ViewDataset, Views
 from avtrain.errors import AvtrainError
 from avtrain.features import view_features, weights_hash
 from avtrain.files import written_whole
@@ -28,6 +27,7 @@ from avtrain.predictions import Predictions, ScoreSums, figures, mean_figures, t
 from avtrain.probes import linear_scores, neighbour_scores, standardized
 from avtrain.runtime import Runtime
 from avtrain.source import Source
+from avtrain.splits import held_out, usable_clips
 from avtrain.tasks import TASKS, Protocol, Task, protocol_for
 
 _SETTINGS, _SHARDS = "settings.json", "shards.json"
@@ -106,38 +106,6 @@ def evaluate_task(source: Source, trial: Trial, splits: list[str], root: Path, o
     return results
 
 
-def present_tasks(root: Path) -> dict[str, list[str]]:
-    """Tasks with the splits whose shards are complete below `root`; of folder's, test or val, whichever there is."""
-    found = {}
-    for name, task in TASKS.items():
-        splits = [split for split, (train, test) in task.splits.items()
-                  if all((root / task.dataset / part / "index.json").is_file() for part in (*train, *test))]
-        if splits:
-            found[name] = splits if name != "folder" else splits[:1]
-    return found
-
-
-def splits_of(name: str, wanted: str, root: Path) -> list[str]:
-    """The splits that "all" or a number stands for.
-
-    Raises:
-        AvtrainError: the task has no such split, or its shards are not there.
-    """
-    task = TASKS[name]
-    if wanted != "all" and wanted not in task.splits:
-        raise AvtrainError(f"--split {wanted}: {name} has {', '.join(task.splits)}, or all")
-    splits = [wanted] if wanted != "all" else list(task.splits)
-    if name == "folder" and wanted == "all":
-        splits = present_tasks(root).get(name, splits[:1])
-    for split in splits:
-        for part in (part for parts in task.splits[split] for part in parts):
-            index = root / task.dataset / part / "index.json"
-            if not index.is_file():
-                raise AvtrainError(f"no {index}: make it with `avprep build --dataset {task.dataset} --split {part}`, "
-                                   "or name the folder that holds the shards with --shards")
-    return splits
-
-
 @dataclass(frozen=True)
 class _Outcome:
     """What came of a split.
@@ -162,8 +130,9 @@ def _one_split(source: Source, trial: Trial, split: str, root: Path, out: Path, 
     both = open_folders([*places[0], *places[1]])  # checks that classes and spec are the same everywhere
     train, test = (open_folders(part) for part in places)
     _check_fit(both, source, trial)
-    test_clips = _usable(test, trial, "test")
-    learned, validation = held_out(_usable(train, trial, "training"), trial, task)
+    test_clips = usable_clips(test, trial.modality, "test")
+    learned, validation = held_out(usable_clips(train, trial.modality, "training"), trial.validation, task.group,
+                                   trial.seed)
     done, looked_at = out / _PREDICTIONS, out / _VALIDATION
     _check_shards(out / _SHARDS, [train.fingerprint, test.fingerprint], resume)
     if not (resume and done.is_file()):
@@ -175,27 +144,22 @@ def _one_split(source: Source, trial: Trial, split: str, root: Path, out: Path, 
                      for folder, clips in asked]
         else:
             found = _probe(source, trial, (train, learned), asked, cache, runtime)
+        if not all(np.isfinite(one.scores).all() for one in found):
+            raise AvtrainError(f"{trial.task}: outputs are not finite numbers; try a lower transfer.head_rate, or "
+                               "--precision float32")
         if validation:
             write_predictions(looked_at, {split: found[1]})
         write_predictions(done, {split: found[0]})
     on_test = read_predictions(done)  # rounded as it was written: --resume finds the same
-    _check_predictions(done, on_test, test_clips, len(both.classes))
+    expected = {clip.video for clip in test_clips}
+    if (set(on_test.videos) - expected or len(expected) - len(on_test.videos) > MOST_UNREADABLE * test.clips
+            or on_test.scores.shape[1:] != (len(both.classes),)):
+        raise AvtrainError(f"{done} is not whole: delete it; --resume then makes it again")
     videos = {part: len({clip.video for clip in clips})
               for part, clips in (("train", learned), ("validation", validation), ("test", test_clips))}
     return _Outcome(on_test, read_predictions(looked_at) if validation else None, both, {
         "train": train.fingerprint, "test": test.fingerprint, "fps": both.spec["fps"],
         "videos": {**videos, "unreadable": videos["test"] - len(on_test.videos)}})
-
-
-def _check_predictions(path: Path, found: Predictions, clips: list[ListedClip], classes: int) -> None:
-    """Raise where a file of predictions is not of these videos, or scores are no numbers."""
-    videos = {clip.video for clip in clips}
-    if (set(found.videos) - videos or len(videos) - len(found.videos) > MOST_UNREADABLE * len(clips)
-            or found.scores.shape[1:] != (classes,)):
-        raise AvtrainError(f"{path} is not whole: delete it; --resume then makes it again")
-    if not np.isfinite(found.scores).all():
-        raise AvtrainError(f"{path}: scores are not finite numbers; try a lower transfer.head_rate, or --precision "
-                           "float32, in another folder (--out)")
 
 
 def _check_fit(folder: ShardFolder, source: Source, trial: Trial) -> None:
@@ -210,47 +174,6 @@ def _check_fit(folder: ShardFolder, source: Source, trial: Trial) -> None:
     longest = source.model.config.max_segments
     if protocol.sequence and max(protocol.train_views, protocol.test_views) > longest:
         raise AvtrainError(f"transfer.train_views, transfer.test_views: the model has positions for {longest} segments")
-
-
-def _usable(folder: ShardFolder, trial: Trial, part: str) -> list[ListedClip]:
-    """The clips with a label. Of the training part those with the modality too; of the test part, others count as
-    they are answered: from nothing."""
-    clips = [clip for clip in list_clips(folder) if clip.labels or folder.multi_label]
-    if not any(clip.labels for clip in clips):
-        raise AvtrainError(f"{trial.task}: not one {part} clip has a label")
-    perceived = [clip for clip in clips if clip.has(trial.modality)]
-    if not perceived:
-        what = "sound" if trial.modality == "audio" else "picture"
-        raise AvtrainError(f"{trial.task}: not one {part} clip has {what}, which --modality {trial.modality} needs")
-    return perceived if part == "training" else clips
-
-
-def held_out(clips: list[ListedClip], trial: Trial, task: Task) -> tuple[list[ListedClip], list[ListedClip]]:
-    """(to learn from, to validate on): the second is about the share `trial.validation`; no group is in both.
-
-    Raises:
-        AvtrainError: one of the parts would be empty.
-    """
-    if not trial.validation:
-        return clips, []
-    groups: dict[str, list[ListedClip]] = {}
-    for clip in clips:
-        match = re.match(task.group, clip.key) if task.group else None
-        groups.setdefault(match.group() if match else clip.video, []).append(clip)
-    names = sorted(groups)
-    chosen: set[str] = set()
-    held = 0
-    for index in np.random.default_rng([trial.seed, 1]).permutation(len(names)):
-        if held >= trial.validation * len(clips):
-            break
-        chosen.add(names[index])
-        held += len(groups[names[index]])
-    parts = ([clip for name in names if (name in chosen) == wanted for clip in groups[name]]
-             for wanted in (False, True))
-    learned, validation = parts
-    if not learned or not validation:
-        raise AvtrainError(f"--validation {trial.validation}: {len(names)} groups of clips are too few to hold one out")
-    return learned, validation
 
 
 def _probe(source: Source, trial: Trial, known: tuple[ShardFolder, list[ListedClip]],

@@ -19,8 +19,8 @@ AVTRAIN_FLOORS = [
     {"errors", "__init__", "progress", "files"}, {"config", "runtime", "metrics"}, {"tasks"},
     {"models", "data", "negatives"},
     {"objectives", "checkpoint", "engine"}, {"released", "evaluation", "features"},
-    {"predictions"}, {"pretrain", "finetune", "outcome", "report", "source"}, {"probes"}, {"transfer", "retrieval"},
-    {"cli"}]
+    {"predictions"}, {"pretrain", "finetune", "outcome", "report", "source", "splits"}, {"probes"},
+    {"transfer", "retrieval"}, {"cli"}]
 
 
 def _modules(package):

@@ -1,0 +1,103 @@
+"""Which splits of a task there are, and which of their clips are learned from, validated on, tested on."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from avtrain.data.shards import ShardFolder
+from avtrain.data.views import ListedClip, list_clips
+from avtrain.errors import AvtrainError
+from avtrain.tasks import TASKS
+
+
+def present_tasks(root: Path) -> dict[str, list[str]]:
+    """Tasks with the splits whose shards are complete below `root`; of folder's, test or val, whichever there is."""
+    found = {}
+    for name, task in TASKS.items():
+        splits = [split for split, (train, test) in task.splits.items()
+                  if all((root / task.dataset / part / "index.json").is_file() for part in (*train, *test))]
+        if splits:
+            found[name] = splits if name != "folder" else splits[:1]
+    return found
+
+
+def splits_of(name: str, wanted: str, root: Path) -> list[str]:
+    """The splits that "all" or a number stands for.
+
+    Raises:
+        AvtrainError: the task has no such split, or its shards are not there.
+    """
+    task = TASKS[name]
+    if wanted != "all" and wanted not in task.splits:
+        raise AvtrainError(f"--split {wanted}: {name} has {', '.join(task.splits)}, or all")
+    splits = [wanted] if wanted != "all" else list(task.splits)
+    if name == "folder" and wanted == "all":
+        splits = present_tasks(root).get(name, splits[:1])
+    for split in splits:
+        for part in (part for parts in task.splits[split] for part in parts):
+            index = root / task.dataset / part / "index.json"
+            if not index.is_file():
+                raise AvtrainError(f"no {index}: make it with `avprep build --dataset {task.dataset} --split {part}`, "
+                                   "or name the folder that holds the shards with --shards")
+    return splits
+
+
+def usable_clips(folder: ShardFolder, modality: str, part: str) -> list[ListedClip]:
+    """The clips with a label. Of the training part those with the modality too; of the test part, others count as
+    they are answered: from nothing.
+
+    Args:
+        folder: shards of the part.
+        modality: visual, audio or both.
+        part: training or test.
+
+    Raises:
+        AvtrainError: there is not one with a label, or with the modality.
+    """
+    where = ", ".join(folder.locations)
+    clips = [clip for clip in list_clips(folder) if clip.labels or folder.multi_label]
+    if not any(clip.labels for clip in clips):
+        raise AvtrainError(f"{where}: not one {part} clip has a label")
+    perceived = [clip for clip in clips if clip.has(modality)]
+    if not perceived:
+        what = "sound" if modality == "audio" else "picture"
+        raise AvtrainError(f"{where}: not one {part} clip has {what}, which --modality {modality} needs")
+    return perceived if part == "training" else clips
+
+
+def held_out(clips: list[ListedClip], share: float, group: str,
+             seed: int) -> tuple[list[ListedClip], list[ListedClip]]:
+    """(to learn from, to validate on); no group is in both.
+
+    Args:
+        clips: of the training part.
+        share: about that part of them goes into the second list.
+        group: pattern of the part of a key that belongs together; "": the source.
+        seed: draws the groups.
+
+    Raises:
+        AvtrainError: one of the parts would be empty.
+    """
+    if not share:
+        return clips, []
+    groups: dict[str, list[ListedClip]] = {}
+    for clip in clips:
+        match = re.match(group, clip.key) if group else None
+        groups.setdefault(match.group() if match else clip.video, []).append(clip)
+    names = sorted(groups)
+    chosen: set[str] = set()
+    held = 0
+    for index in np.random.default_rng([seed, 1]).permutation(len(names)):
+        if held >= share * len(clips):
+            break
+        chosen.add(names[index])
+        held += len(groups[names[index]])
+    parts = ([clip for name in names if (name in chosen) == wanted for clip in groups[name]]
+             for wanted in (False, True))
+    learned, validation = parts
+    if not learned or not validation:
+        raise AvtrainError(f"--validation {share}: {len(names)} groups of clips are too few to hold one out")
+    return learned, validation
