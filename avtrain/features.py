@@ -133,7 +133,7 @@ def view_features(model: AVBert, dataset: ViewDataset, runtime: Runtime, cache: 
                          collate_rows)
         return ViewFeatures(**_extract(model, outputs, supply, len(places), runtime, folder.clips))
 
-    view = [config.segment_frames, config.scale[0], dataclasses.asdict(views)]
+    view = [config.segment_frames, config.crop, config.scale[0], dataclasses.asdict(views)]
     return _cached(ViewFeatures, compute, cache, _key(model, dataset.folder, runtime, view))
 
 

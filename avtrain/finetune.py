@@ -108,7 +108,8 @@ class _Epochs:
 
 def fixed_views(protocol: Protocol, modality: str) -> Views:
     """The fixed views of the test."""
-    return Views(modality, protocol.test_views, protocol.test_crops if modality != "audio" else 1, protocol.sequence)
+    crops = protocol.test_crops if modality != "audio" else 1
+    return Views(modality, protocol.test_views, crops, protocol.test_whole, protocol.sequence)
 
 
 def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: list[ListedClip],

@@ -181,7 +181,8 @@ def _probe(source: Source, trial: Trial, known: tuple[ShardFolder, list[ListedCl
     """Linear or nearest neighbours, on cached features: learned from the clips that are known, for each that are
     asked."""
     protocol, classes = trial.protocol, len(known[0].classes)
-    x, keys, labels = _rows_of(source, *known, Views(trial.modality, protocol.train_views), cache, runtime)
+    views = Views(trial.modality, protocol.train_views, whole=protocol.test_whole)
+    x, keys, labels = _rows_of(source, *known, views, cache, runtime)
     others, other_keys = [], []
     for folder, clips in asked:
         rows, of_rows, _ = _rows_of(source, folder, clips, fixed_views(protocol, trial.modality), cache, runtime)

@@ -73,6 +73,7 @@ class Views:
         modality: visual, audio or both: what else there is is absent.
         clips: evenly spaced clips, each one segment long.
         crops: 1, the centre (in training: a random one); 3, left, centre and right, or top, centre and bottom.
+        whole: in the test, squares are the whole short side, `scale[0]` pixels; else its centre, `crop` pixels.
         sequence: the clips are the segments of one row, for the Transformers; else each is a row.
         random_start: in training, a clip starts anywhere instead.
         sound: in training, what happens to the log-mel.
@@ -81,6 +82,7 @@ class Views:
     modality: str
     clips: int
     crops: int = 1
+    whole: bool = True
     sequence: bool = False
     random_start: bool = False
     sound: SoundAugmentation = SoundAugmentation()
@@ -119,7 +121,7 @@ class ViewDataset(Dataset[Any]):
         config: frames of a segment, pixels, mel bands: what the model takes.
         views: which views.
         seed: with epoch and item decides crops, flips, masks and random starts, of `config.crop` pixels; None: the
-            fixed views of the test, whole squares of `config.scale[0]` pixels.
+            fixed views of the test.
     """
 
     def __init__(self, folder: ShardFolder, config: DataConfig, views: Views, seed: int | None) -> None:
@@ -166,8 +168,9 @@ class ViewDataset(Dataset[Any]):
         if random is not None:
             size, squares = config.crop, [random_view(config.crop, config.scale, random)]
         else:
-            size, middle = config.scale[0], (0.5,) if self.views.crops == 1 else (0.0, 0.5, 1.0)
-            squares = [View(1.0, place, place, False) for place in middle]
+            size = config.scale[0] if self.views.whole else config.crop
+            middle = (0.5,) if self.views.crops == 1 else (0.0, 0.5, 1.0)
+            squares = [View(size / config.scale[0], place, place, False) for place in middle]
         size = size if self.views.modality != "audio" else 0
         visual = torch.zeros(len(squares), len(starts), 3, config.segment_frames, size, size, dtype=torch.uint8)
         if mp4 is None:
