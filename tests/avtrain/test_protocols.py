@@ -22,12 +22,13 @@ from avtrain.tasks import TASKS, protocol_for
 PUBLISHED = {
     "ucf101": {"epochs": 20, "batch_size": 32, "head_rate": 0.03, "backbone_rate": 1e-4, "weight_decay": 5e-6,
                "adam_eps": 1e-6, "dropout": 0.5, "loss": "cross_entropy", "sequence": False, "warmup": 0.0,
-               "train_views": 10, "test_views": 10, "test_crops": 3, "random_start": False, "label_smoothing": 0.0},
+               "train_views": 10, "test_views": 10, "test_crops": 3, "test_whole": True,
+               "random_start": False, "label_smoothing": 0.0},
     "esc50": {"epochs": 300, "batch_size": 128, "head_rate": 0.003, "weight_decay": 5e-6, "dropout": 0.1,
               "loss": "hinge", "train_views": 10, "test_views": 10, "standardize": False, "label_smoothing": 0.0},
     "kinetics-sounds": {"epochs": 20, "batch_size": 5, "head_rate": 1e-3, "backbone_rate": 1e-4, "dropout": 0.5,
                         "loss": "cross_entropy", "sequence": True, "warmup": 0.0, "train_views": 10,
-                        "test_views": 10, "test_crops": 3, "random_start": False, "label_smoothing": 0.0}}
+                        "test_views": 10, "test_crops": 3, "test_whole": True, "random_start": False, "label_smoothing": 0.0}}
 
 
 @pytest.mark.parametrize("task", PUBLISHED)

@@ -8,7 +8,7 @@ import torch
 
 from avtrain.config import DataConfig
 from avtrain.data.augment import SoundAugmentation
-from avtrain.data.loader import batches
+from avtrain.data.loader import ClipDataset, batches
 from avtrain.data.shards import ShardReader, open_folders
 from avtrain.data.views import ViewDataset, ViewItem, Views, collate_rows, list_clips, start_frames
 
@@ -75,6 +75,14 @@ def test_three_crops_lie_left_centre_right_or_top_centre_bottom(folder, name):
     for crop in range(3):
         expected = [(40 + start + 20 * crop - 16) * 255 / 219 for start in starts]
         np.testing.assert_allclose(first[crop], expected, atol=4)
+
+
+@pytest.mark.parametrize("name", ["wide", "tall"])
+def test_a_centre_of_the_size_of_training_is_pretrainings_fixed_view(folder, name):
+    clip = _clip(folder, name)
+    rows = _rows(folder, clip, Views("both", 10, whole=False))
+    assert rows.visual.shape == (10, 1, 3, 32, DATA.crop, DATA.crop) and DATA.crop < DATA.scale[0]
+    assert torch.equal(rows.visual[0, 0], ClipDataset(folder, DATA, None)[clip.place, 0].visual[0])
 
 
 def test_sound_of_a_view_starts_with_its_picture(folder):
