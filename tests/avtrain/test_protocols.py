@@ -28,7 +28,8 @@ PUBLISHED = {
               "loss": "hinge", "train_views": 10, "test_views": 10, "standardize": False, "label_smoothing": 0.0},
     "kinetics-sounds": {"epochs": 20, "batch_size": 5, "head_rate": 1e-3, "backbone_rate": 1e-4, "dropout": 0.5,
                         "loss": "cross_entropy", "sequence": True, "warmup": 0.0, "train_views": 10,
-                        "test_views": 10, "test_crops": 3, "test_whole": True, "random_start": False, "label_smoothing": 0.0}}
+                        "test_views": 10, "test_crops": 3, "test_whole": True, "random_start": False,
+                        "label_smoothing": 0.0}}
 
 
 @pytest.mark.parametrize("task", PUBLISHED)
