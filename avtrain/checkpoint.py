@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,34 +39,39 @@ def save_model(path: Path, model: nn.Module, config: Config, parts: frozenset[st
         save_file(weights, temporary, {"config": json.dumps(config_to(config)), "parts": json.dumps(sorted(parts))})
 
 
-def load_config(path: Path) -> Config:
-    """The settings stored with a checkpoint.
+class Checkpoint(NamedTuple):
+    """What a file of ours holds.
+
+    Attributes:
+        model: in eval mode, on the CPU.
+        config: the settings.
+        parts: which of visual, audio and transformers have been trained: the rest is as it was drawn.
+    """
+
+    model: AVBert
+    config: Config
+    parts: frozenset[str]
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint.
 
     Raises:
-        AvtrainError: not a checkpoint of avtrain, or one with settings that this version does not know.
+        AvtrainError: not a checkpoint of avtrain, or one with settings that this version does not know; tensors are
+            missing, unknown or misshapen, by name.
         OSError: the file can't be read.
     """
-    return _read(path)[1]
-
-
-def trained_parts(path: Path) -> frozenset[str]:
-    """Which of visual, audio and transformers of a checkpoint's model have been trained: the rest is as it was drawn.
-
-    Raises:
-        AvtrainError, OSError: as `load_config`.
-    """
-    metadata, config, _ = _read(path)
-    return frozenset(json.loads(metadata["parts"])) if "parts" in metadata else parts_of(config.data.modality, True)
-
-
-def load_model(path: Path) -> AVBert:
-    """The model of a checkpoint, in eval mode, on the CPU.
-
-    Raises:
-        AvtrainError: not a checkpoint of avtrain; tensors are missing, unknown or misshapen, by name.
-        OSError: the file can't be read.
-    """
-    _, config, weights = _read(path)
+    path.open("rb").close()  # a missing file is an OSError with its name
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+        values, parts = json.loads(metadata["config"]), json.loads(metadata.get("parts", "null"))
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise AvtrainError(f"{path}: not a checkpoint of avtrain, or damaged (the authors' end in .pyth)") from error
+    if not isinstance(values, dict):
+        raise AvtrainError(f"{path}: its settings are damaged")
+    config = config_from(values, str(path))
     model = AVBert(config.model)
     wanted = model.state_dict()
     wrong = [f"{name} is missing" for name in wanted if name not in weights]
@@ -76,22 +82,7 @@ def load_model(path: Path) -> AVBert:
         more = f", and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise AvtrainError(f"{path}: {', '.join(wrong[:8])}{more}")
     model.load_state_dict(weights)
-    return model.eval()
-
-
-def _read(path: Path) -> tuple[dict[str, str], Config, dict[str, Tensor]]:
-    """Metadata, the settings in it, weights."""
-    path.open("rb").close()  # a missing file is an OSError with its name
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}
-        values = json.loads(metadata["config"])
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise AvtrainError(f"{path}: not a checkpoint of avtrain, or damaged (the authors' end in .pyth)") from error
-    if not isinstance(values, dict):
-        raise AvtrainError(f"{path}: its settings are damaged")
-    return metadata, config_from(values, str(path)), weights
+    return Checkpoint(model.eval(), config, parts_of(config.data.modality, True) if parts is None else frozenset(parts))
 
 
 class _Exported(nn.Module):
@@ -126,7 +117,8 @@ def export_model(checkpoint: Path, output: Path) -> float:
     """
     if output.suffix != ".pt2":
         raise AvtrainError(f"{output}: an exported program's name ends in .pt2")
-    data, model = load_config(checkpoint).data, _Exported(load_model(checkpoint)).eval()
+    loaded = load_checkpoint(checkpoint)
+    data, model = loaded.config.data, _Exported(loaded.model).eval()
     for parameter in model.parameters():  # torch.export.save warns of channels-last weights
         parameter.data = parameter.data.contiguous()
     generator = torch.Generator().manual_seed(0)

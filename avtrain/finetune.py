@@ -119,7 +119,7 @@ def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: l
 
     Args:
         model: changed in place.
-        parts: what of it was trained before: see `trained_parts`.
+        parts: what of it was trained before: see `Checkpoint`.
         folder: shards of the training split.
         train, validation: its clips, in two parts; the second is only looked at, after every epoch.
         data: what the model takes.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from avtrain.checkpoint import load_config, load_model, parts_of, trained_parts
+from avtrain.checkpoint import load_checkpoint, parts_of
 from avtrain.config import Config, DataConfig, parse_override, read_config, section_values
 from avtrain.errors import AvtrainError
 from avtrain.models.avbert import AVBert
@@ -57,7 +57,8 @@ def load_source(checkpoint: Path, overrides: Iterable[str] = ()) -> Source:
         OSError: the file can't be read.
     """
     if checkpoint.suffix == ".safetensors":
-        model, data, parts = load_model(checkpoint), load_config(checkpoint).data, trained_parts(checkpoint)
+        model, config, parts = load_checkpoint(checkpoint)
+        data = config.data
     else:
         (model, parts), data = load_released_parts(checkpoint), DataConfig()
     if not all(bool(torch.isfinite(tensor).all()) for tensor in model.state_dict().values()):

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from avtrain.checkpoint import load_config, load_model, save_model
+from avtrain.checkpoint import load_checkpoint, save_model
 from avtrain.cli import main
 from avtrain.config import Config, config_from, config_to, read_config
 from avtrain.errors import AvtrainError
@@ -60,8 +60,8 @@ def test_wrong_settings_say_so(override: str, message: str) -> None:
 
 
 def test_a_checkpoint_is_read_as_it_was_written(checkpoint: Path) -> None:
-    model = load_model(checkpoint)
-    assert not model.training and load_config(checkpoint) == read_config("tiny")
+    model, config, parts = load_checkpoint(checkpoint)
+    assert not model.training and config == read_config("tiny") and len(parts) == 3
     torch.manual_seed(0)
     for name, tensor in AVBert(read_config("tiny").model).state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
@@ -74,9 +74,9 @@ def test_wrong_checkpoints_say_so(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "text.safetensors").write_text("not weights")
     for name in ("bare", "text"):
         with pytest.raises(AvtrainError, match=rf"{name}\.safetensors: not a checkpoint of avtrain"):
-            load_model(tmp_path / f"{name}.safetensors")
+            load_checkpoint(tmp_path / f"{name}.safetensors")
     with pytest.raises(FileNotFoundError):
-        load_model(tmp_path / "none.safetensors")
+        load_checkpoint(tmp_path / "none.safetensors")
 
 
 def test_params_prints_the_published_figures() -> None:
@@ -101,7 +101,7 @@ def test_export_equals_eager(checkpoint: Path, tmp_path: Path) -> None:
     torch.manual_seed(3)
     visual, audio = torch.randn(3, 15, 3, 8, 32, 32), torch.randn(3, 15, 1, 80, 128)
     with torch.no_grad():
-        expected, actual = load_model(checkpoint)(visual, audio)._asdict(), program(visual, audio)
+        expected, actual = load_checkpoint(checkpoint).model(visual, audio)._asdict(), program(visual, audio)
     assert actual.keys() == expected.keys()
     for name, tensor in actual.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-4, msg=name)
