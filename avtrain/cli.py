@@ -228,7 +228,8 @@ def evaluate(task: str, checkpoint: Path | None, init: str | None, preset: str |
                     ("segments", "modality", *TRAINING_ONLY))
     of_protocol = [override for override in overrides if override.startswith("transfer.")]
     of_source = [override for override in overrides if not override.startswith("transfer.")]
-    source = load_source(checkpoint, of_source) if checkpoint else random_source(preset or "paper", of_source, seed)
+    network = preset or "paper"
+    source = load_source(checkpoint, of_source) if checkpoint else random_source(network, of_source, seed)
     runtime = choose_runtime(device, precision)
 
     complete = present_tasks(shards) if task == "all" else {task: []}
@@ -240,14 +241,12 @@ def evaluate(task: str, checkpoint: Path | None, init: str | None, preset: str |
 
     def transferred(trial: Trial, splits: list[str]) -> dict[str, Any]:
         """Transfer to one task, and print what came out."""
-        start = source.sha256[:8] or f"random-{Path(preset or 'paper').stem}"
+        start = source.sha256[:8] or f"random-{Path(network).stem}"
         name = f"{trial.task}-{trial.protocol_name}-{trial.modality}-{start}"
         folder = Path("runs/eval", name if split == "all" else f"{name}-split{split}")
-        begun = True
         if out:
             folder = out / trial.task if task == "all" else out
-        if task == "all":  # some may not have been reached
-            begun = (folder / "settings.json").is_file()
+        begun = task != "all" or (folder / "settings.json").is_file()  # of all, some may not have been reached
         results = evaluate_task(source, trial, splits, shards, folder, cache, runtime, resume and begun)
         click.echo(f"{results_text(results)}\n  {folder}/results.json (95 % bootstrap intervals over videos)")
         return results
