@@ -59,3 +59,13 @@ def small_demo(tmp_path_factory: pytest.TempPathFactory,
     done = avprep("demo", "--out", folder, "--train", 10, "--test", 2)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_shards(small_demo: Path, avprep: Callable[..., subprocess.CompletedProcess[str]],
+                tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its shards: train in ten, test in one or two. To be read only."""
+    out = tmp_path_factory.mktemp("shards")
+    done = avprep("build", "--dataset", "demo", "--raw", small_demo, "--out", out, "--shard-mb", 1.5, "--split", "all")
+    assert done.returncode == 0, done.stderr
+    return out / "demo"

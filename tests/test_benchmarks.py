@@ -12,14 +12,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def shards(small_demo, avprep, tmp_path_factory):
-    out = tmp_path_factory.mktemp("shards")
-    done = avprep("build", "--dataset", "demo", "--raw", small_demo, "--out", out, "--split", "all")
-    assert done.returncode == 0, done.stderr
-    return out / "demo"
-
-
 def _run(module, *arguments):
     done = subprocess.run([sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)], cwd=ROOT,
                           capture_output=True, text=True, check=False)
@@ -28,8 +20,8 @@ def _run(module, *arguments):
 
 
 @pytest.mark.slow
-def test_demo_report(shards, tmp_path):
-    printed = _run("demo_report", "--shards", shards, "--out", tmp_path, "--seeds", 0, 1, "--steps", 2)
+def test_demo_report(demo_shards, tmp_path):
+    printed = _run("demo_report", "--shards", demo_shards, "--out", tmp_path, "--seeds", 0, 1, "--steps", 2)
     rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")]
     assert rows[0][1].strip() == "seed 0" and len(rows) == 1 + 5 + 4 + 2
     last = json.loads((tmp_path / "seed-1/metrics.jsonl").read_text().splitlines()[-1])
@@ -38,8 +30,8 @@ def test_demo_report(shards, tmp_path):
 
 
 @pytest.mark.slow
-def test_transfer_report(shards, tmp_path):
-    printed = _run("transfer_report", "--shards", shards, "--out", tmp_path, "--steps", 2, "--protocols", "linear",
+def test_transfer_report(demo_shards, tmp_path):
+    printed = _run("transfer_report", "--shards", demo_shards, "--out", tmp_path, "--steps", 2, "--protocols", "linear",
                    "knn")
     rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")]
     assert [row[0].strip() for row in rows[1:]] == [
@@ -52,8 +44,10 @@ def test_transfer_report(shards, tmp_path):
 
 
 @pytest.mark.slow
-def test_esc_report(shards, media, avprep, tmp_path):
-    out = shards.parent
+def test_esc_report(demo_shards, media, avprep, tmp_path):
+    out = tmp_path / "shards"
+    out.mkdir()
+    (out / "demo").symlink_to(demo_shards)
     done = avprep("build", "--dataset", "esc10", "--raw", media / "esc10", "--split", "all", "--out", out)
     assert done.returncode == 0, done.stderr
     printed = _run("esc_report", "--shards", out, "--out", tmp_path, "--folds", 2, "--set", "training.steps=2", "--set",
@@ -71,8 +65,8 @@ def test_esc_report(shards, media, avprep, tmp_path):
 
 
 @pytest.mark.slow
-def test_ablations(shards, tmp_path):
-    printed = _run("ablations", "--shards", shards, "--out", tmp_path, "--steps", 2)
+def test_ablations(demo_shards, tmp_path):
+    printed = _run("ablations", "--shards", demo_shards, "--out", tmp_path, "--steps", 2)
     rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")]
     assert [row[0].strip() for row in rows[1:]] == ["fusion"] * 3 + ["negatives"] * 3 + ["sharing"] * 4
     # The Transformers of the preset (sharing, low rank) are the smallest.

@@ -25,11 +25,8 @@ def collected():
 
 
 @pytest.fixture(scope="module")
-def shards(small_demo, avprep, tmp_path_factory):
-    out = tmp_path_factory.mktemp("shards")
-    done = avprep("build", "--dataset", "demo", "--raw", small_demo, "--out", out, "--shard-mb", 1.5)
-    assert done.returncode == 0, done.stderr
-    return out / "demo" / "train"
+def shards(demo_shards):
+    return demo_shards / "train"
 
 
 def _urls(shards):

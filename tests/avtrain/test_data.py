@@ -27,12 +27,9 @@ TINY = DataConfig(segment_frames=8, crop=40, scale=(46, 56))
 
 
 @pytest.fixture(scope="module")
-def folders(small_demo, avprep, tmp_path_factory):
+def folders(demo_shards):
     """The small demo's train split in ten shards, and its test split."""
-    out = tmp_path_factory.mktemp("shards")
-    done = avprep("build", "--dataset", "demo", "--raw", small_demo, "--out", out, "--shard-mb", 1.5, "--split", "all")
-    assert done.returncode == 0, done.stderr
-    return out / "demo" / "train", out / "demo" / "test"
+    return demo_shards / "train", demo_shards / "test"
 
 
 @pytest.fixture(scope="module")

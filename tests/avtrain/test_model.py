@@ -247,7 +247,8 @@ def test_activation_checkpointing_by_segment() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, from inside its compiler
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
-def test_compiled_encoder_equals_eager() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_encoder_equals_eager(backend: str) -> None:
     # In float64: the compiler adds in another order, which float32 shows where gradients of 40 leave one of 0.01.
     encoder = small(dropout=0.0).encoder.double()
     compiled = copy.deepcopy(encoder)
@@ -258,7 +259,7 @@ def test_compiled_encoder_equals_eager() -> None:
         return torch.stack([module(x, present, transformer, folded) for transformer in range(3)])
 
     expected = run(encoder, x)
-    actual = torch.compile(run)(compiled, x)
+    actual = torch.compile(run, backend=backend, fullgraph=True)(compiled, x)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
     # not squares: after a LayerNorm their sum is constant, and its gradient nothing but rounding
     weight = torch.randn_like(x)

@@ -19,14 +19,6 @@ SMALL = ["training.batch_size=4", "training.steps=9", "training.save_every=2", "
          "model.rank=8", "objectives.negatives=16", "data.workers=1"]
 
 
-@pytest.fixture(scope="module")
-def shards(small_demo, avprep, tmp_path_factory):
-    out = tmp_path_factory.mktemp("shards")
-    done = avprep("build", "--dataset", "demo", "--raw", small_demo, "--out", out, "--split", "all")
-    assert done.returncode == 0, done.stderr
-    return out / "demo"
-
-
 def _command(shards, out, *more):
     settings = [part for setting in SMALL for part in ("--set", setting)]
     return [sys.executable, "-m", "avtrain.cli", "pretrain", "--shards", str(shards), "--out", str(out), "--device",
@@ -45,9 +37,9 @@ def _losses(out):
 
 
 @pytest.fixture(scope="module")
-def whole(shards, tmp_path_factory):
+def whole(demo_shards, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    done = _run(shards, out)
+    done = _run(demo_shards, out)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
@@ -69,9 +61,9 @@ def test_a_run_leaves_what_is_promised(whole):
     assert f"<td class=number>{losses[-1]['loss']:.4f}</td>" in page
 
 
-def test_killed_and_resumed_gives_the_same_losses_step_for_step(shards, whole, tmp_path):
+def test_killed_and_resumed_gives_the_same_losses_step_for_step(demo_shards, whole, tmp_path):
     out = tmp_path / "run"
-    with subprocess.Popen(_command(shards, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    with subprocess.Popen(_command(demo_shards, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
         deadline = time.monotonic() + 120
         while not list(out.glob("checkpoints/step-*[0-9]/training.pt")) and time.monotonic() < deadline:
@@ -79,19 +71,19 @@ def test_killed_and_resumed_gives_the_same_losses_step_for_step(shards, whole, t
         time.sleep(0.1)
         process.send_signal(signal.SIGKILL)
     assert len(_losses(out)) < 9
-    done = _run(shards, out, "--resume")
+    done = _run(demo_shards, out, "--resume")
     assert done.returncode == 0, done.stderr
     assert _losses(out) == _losses(whole[0])
 
 
-def test_sound_alone_of_two_datasets(shards, avprep, ffmpeg, tmp_path):
+def test_sound_alone_of_two_datasets(demo_shards, avprep, ffmpeg, tmp_path):
     for number in range(3):
         (tmp_path / "raw" / "hum").mkdir(parents=True, exist_ok=True)
         ffmpeg("-f", "lavfi", "-i", f"sine={300 + 200 * number}:d=5", tmp_path / "raw" / "hum" / f"{number}.wav")
     done = avprep("build", "--dataset", "folder", "--raw", tmp_path / "raw", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "run"
-    done = _run(shards, out, "--shards", tmp_path / "folder" / "train", "--set", "data.modality=audio", "--set",
+    done = _run(demo_shards, out, "--shards", tmp_path / "folder" / "train", "--set", "data.modality=audio", "--set",
                 "training.steps=4")
     assert done.returncode == 0, done.stderr
     losses = _losses(out)
@@ -102,15 +94,15 @@ def test_sound_alone_of_two_datasets(shards, avprep, ffmpeg, tmp_path):
     assert "pair accuracy" not in done.stdout and (out / "report.html").is_file()
 
 
-def test_mistakes_are_answered_in_a_line(shards, whole, tmp_path):
+def test_mistakes_are_answered_in_a_line(demo_shards, whole, tmp_path):
     for arguments, expected in (
             ((tmp_path / "nowhere", tmp_path / "run"), "nowhere/index.json"),
-            ((shards, whole[0]), "--resume"),
-            ((shards, tmp_path / "run", "--resume"), "no run in"),
-            ((shards, whole[0], "--resume", "--set", "model.rank=4"), "settings differ"),
-            ((shards, tmp_path / "run", "--set", "model.rnk=4"), "did you mean model.rank"),
-            ((shards, tmp_path / "run", "--set", "data.segment_frames=5"), "must divide"),
-            ((shards, tmp_path / "run", "--preset", "huge"), "known are"),
-            ((shards, tmp_path / "run", "--device", "cuda:7"), "--device cuda:7")):
+            ((demo_shards, whole[0]), "--resume"),
+            ((demo_shards, tmp_path / "run", "--resume"), "no run in"),
+            ((demo_shards, whole[0], "--resume", "--set", "model.rank=4"), "settings differ"),
+            ((demo_shards, tmp_path / "run", "--set", "model.rnk=4"), "did you mean model.rank"),
+            ((demo_shards, tmp_path / "run", "--set", "data.segment_frames=5"), "must divide"),
+            ((demo_shards, tmp_path / "run", "--preset", "huge"), "known are"),
+            ((demo_shards, tmp_path / "run", "--device", "cuda:7"), "--device cuda:7")):
         done = invoke(*_command(*arguments)[3:])  # what comes after "python -m avtrain.cli"
         assert done.exit_code == 1 and expected in done.output, (arguments, done.output, done.exception)
