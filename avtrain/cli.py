@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -27,8 +27,15 @@ _SHARING = {
     "lowrank": (True, True, True),
 }
 _DEFAULT_RANK = 128
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+def _set_option(command: str, help_text: str, metavar: str = "SECTION.FIELD=VALUE") -> Callable[[_Command], _Command]:
+    """--set of a command; click would make AVTRAIN_COMMAND_OVERRIDES of the parameter's name."""
+    return click.option("--set", "overrides", multiple=True, metavar=metavar, help=help_text,
+                        envvar=f"AVTRAIN_{command.upper()}_SET")
 
 
 class _Commands(click.Group):
@@ -66,8 +73,7 @@ def main() -> None:
 @click.option("--share", type=click.Choice(list(_SHARING)),
               help="Instead of the preset's: weights across layers, Transformers, both, or both with low rank.")
 @click.option("--rank", type=click.IntRange(2), help="Of the factored layers, instead of the preset's.")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE", help="Any setting; may be repeated.",
-              envvar="AVTRAIN_PARAMS_SET")
+@_set_option("params", "Any setting; may be repeated.")
 def params(preset: str, fusion: str | None, share: str | None, rank: int | None, overrides: tuple[str, ...]) -> None:
     """Count parameters by part, and what sharing saves."""
     from avtrain.config import read_config
@@ -127,8 +133,7 @@ def _count(config: Config) -> dict[str, int]:
 @click.option("--test-shards", multiple=True,
               help="Held-out folders.  [default: SHARDS/test or SHARDS/val where it is]")
 @click.option("--preset", default="tiny", help="tiny, small, sound, paper, or a .toml file.")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE", help="Any setting; may be repeated.",
-              envvar="AVTRAIN_PRETRAIN_SET")
+@_set_option("pretrain", "Any setting; may be repeated.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/pretrain"),
               help="Folder of the run: checkpoints, metrics.jsonl, TensorBoard events.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in OUT.")
@@ -194,8 +199,7 @@ def _split_of(location: str, split: str) -> str | None:
 @click.option("--validation", type=click.FloatRange(0, 0.9), default=0.0,
               help="Share of the training clips, by group, that is only looked at. Nothing is chosen by it.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0)
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE", envvar="AVTRAIN_EVAL_SET",
-              help="transfer.*, data.*, and with --init random model.*; may be repeated.")
+@_set_option("eval", "transfer.*, data.*, and with --init random model.*; may be repeated.")
 @click.option("--out", type=_FOLDER,
               help="Folder of the results.  [default: runs/eval/TASK-PROTOCOL-MODALITY-START[-splitN]]")
 @click.option("--cache", type=_FOLDER, default=Path("runs/features"), help="Folder of frozen features.")
@@ -282,8 +286,7 @@ def _evaluate_all(transferred: Callable[[Trial, list[str]], dict[str, Any]],
 @click.option("--checkpoint", type=_FILE, required=True, help="Of ours (.safetensors) or of the authors' (.pyth).")
 @click.option("--shards", multiple=True, required=True, help="Folder of a split, or its address; may be repeated.")
 @click.option("-o", "--output", type=_FILE, required=True, help="The .parquet file to write.")
-@click.option("--set", "overrides", multiple=True, metavar="data.FIELD=VALUE", help="May be repeated.",
-              envvar="AVTRAIN_EMBED_SET")
+@_set_option("embed", "May be repeated.", "data.FIELD=VALUE")
 @click.option("--cache", type=_FOLDER, default=Path("runs/features"), help="Folder of frozen features.")
 @click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]")
 @click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto")
@@ -327,8 +330,7 @@ def _embedder(checkpoint: Path, overrides: tuple[str, ...]) -> Source:
 @click.option("--shards", type=_FOLDER, default=Path("shards/demo"),
               help="Folder of a dataset: common directions are learned on train, without labels, tried on test.")
 @click.option("-o", "--output", type=_FILE, default=Path("runs/retrieval.png"), help="The picture to draw.")
-@click.option("--set", "overrides", multiple=True, metavar="data.FIELD=VALUE", help="May be repeated.",
-              envvar="AVTRAIN_RETRIEVE_SET")
+@_set_option("retrieve", "May be repeated.", "data.FIELD=VALUE")
 @click.option("--cache", type=_FOLDER, default=Path("runs/features"), help="Folder of frozen features.")
 @click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]")
 @click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto")
