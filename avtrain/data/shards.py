@@ -61,7 +61,8 @@ def open_folders(locations: list[str], labelled: bool = True) -> ShardFolder:
             known.
 
     Raises:
-        AvtrainError: a folder without an index, of an unknown format, or not of the same spec and classes as the first.
+        AvtrainError: a folder without an index, of an unknown format, named twice, or not of the same spec and classes
+            as the first.
     """
     first: dict[str, Any] | None = None
     shards: list[Shard] = []
@@ -76,6 +77,8 @@ def open_folders(locations: list[str], labelled: bool = True) -> ShardFolder:
                    for entry in index["shardlist"]]
     if first is None or not shards:
         raise AvtrainError(f"no clips in {', '.join(locations) or 'an empty list of folders'}")
+    if len({shard.url for shard in shards}) < len(shards):
+        raise AvtrainError(f"the same shards twice in {', '.join(locations)}: name each folder once")
     fingerprint = hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()[:16]
     classes = tuple(first["classes"]) if labelled else ()
     return ShardFolder(tuple(shards), first["spec"], classes, first["multi_label"], fingerprint, tuple(locations))

@@ -329,6 +329,8 @@ def test_what_does_not_fit_is_said(folders, tmp_path):
         check_spec(folder, DataConfig(mels=64))
     with pytest.raises(AvtrainError, match="no .*nowhere/index.json"):
         open_folders([str(tmp_path / "nowhere")])
+    with pytest.raises(AvtrainError, match="the same shards twice"):
+        open_folders([str(folders[0]), f"{folders[0]}/"])
     index = json.loads((folders[0] / "index.json").read_text())
     for change, message in (({"format_version": 9}, "format version 9"), ({"format": "x"}, "not an index of avprep"),
                             ({"shardlist": None}, "is damaged: no shardlist"),
