@@ -58,8 +58,7 @@ class Protocol:
     """Crops of each: 1, the centre; 3, left/centre/right or top/centre/bottom. Pictures only."""
     test_whole: bool = True
     """The test's squares are the whole short side, data.scale[0] pixels, as published; false: its centre, data.crop
-    pixels as in training. A small network on small pictures does not know a square that is a seventh larger: on the
-    demo, one pretrained and finetuned at the same seed was right 92 % of the time, and 55 % on the larger ones."""
+    pixels as in training. A small network on small pictures may not know a square that is a seventh larger."""
     frequency_mask: float = 0.05
     """Largest share of the mel bands that is masked in training (finetune)."""
     time_mask: float = 0.05
