@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -141,11 +142,11 @@ def cut_clip(path: Path, media: Media, start_s: float, length_s: float, spec: Cl
         SourceFailed: ffmpeg met an error, ran out of time or was killed.
     """
     seek = {"ss": f"{start_s:.6f}"} if start_s > 0 else {}
-    source = ffmpeg.input(f"file:{path.absolute()}", t=f"{length_s:.6f}", threads=1, **seek, **_SAFE_INPUT)
+    source = ffmpeg.input(f"file:{_as_text(path.absolute())}", t=f"{length_s:.6f}", threads=1, **seek, **_SAFE_INPUT)
     outputs = []
     if media.video_index is not None:
         pictures = _scaled(source[str(media.video_index)].filter("fps", fps=spec.fps, start_time=0), spec)
-        outputs.append(ffmpeg.output(pictures, str(scratch), **_h264(spec)))
+        outputs.append(ffmpeg.output(pictures, _as_text(scratch), **_h264(spec)))
     if media.audio_index is not None:
         # async=1 fills gaps and trims overlaps in the time stamps; it never stretches.
         sound = source[str(media.audio_index)].filter("aresample", spec.sample_rate_hz, first_pts=0, **{"async": 1})
@@ -153,7 +154,7 @@ def cut_clip(path: Path, media: Media, start_s: float, length_s: float, spec: Cl
     command = ffmpeg.merge_outputs(*outputs).global_args(
         "-nostdin", "-loglevel", "error", "-filter_complex_threads", "1", "-max_error_rate", "0")
     try:
-        stdout = _run(command.compile(cmd=ffmpeg_path(), overwrite_output=True), timeout_s)
+        stdout = _run(command.compile(cmd=_as_text(Path(ffmpeg_path())), overwrite_output=True), timeout_s)
         mp4 = scratch.read_bytes() if media.video_index is not None else None
     finally:
         scratch.unlink(missing_ok=True)
@@ -180,9 +181,15 @@ def _h264(spec: ClipSpec) -> dict[str, object]:
             "map_metadata": -1, "map_chapters": -1, "fflags": "+bitexact", "flags:v": "+bitexact+cgop", "format": "mp4"}
 
 
+def _as_text(path: Path) -> str:
+    """A path whose bytes are letters of Latin-1: ffmpeg-python takes no names that are not UTF-8."""
+    return os.fsencode(path).decode("latin-1")
+
+
 def _run(command: list[str], timeout_s: float) -> bytes:
     # A session of its own: Ctrl-C on the terminal reaches avprep alone, not a half-finished clip.
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
+    arguments = [part.encode("latin-1") for part in command]  # see _as_text
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
         try:
             stdout, stderr = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired as error:
