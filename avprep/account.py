@@ -58,14 +58,16 @@ def account(folder: Path, sources: list[Source], media: list[Media | SourceFaile
             line = failures.setdefault(key, {**failure, "clips_written": clips_of[key], "clips_failed": 0})
             line["clips_failed"] += 1
     report = SplitReport(folder, found=len(sources) + len(listing.skipped), written=len(sources) - len(failures))
-    report.skipped.update(reason for _, reason in listing.skipped)
+    report.skipped.update(entry.reason for entry in listing.skipped)
     report.failed.update(failure["reason"] for failure in failures.values())
     clips = [clip for marker in markers for clip in marker["clips"]]
     report.clips, report.clips_s = len(clips), sum(clip["length_s"] for clip in clips)
     shards = [marker["shard"] for marker in markers if marker["shard"]]
     report.shards, report.bytes = len(shards), sum(shard["filesize"] for shard in shards)
     _write_lines(folder / "failures.jsonl", sorted(failures.values(), key=lambda line: str(line["path"])))
-    _write_lines(folder / "skipped.jsonl", [{"path": name, "reason": reason} for name, reason in listing.skipped])
+    _write_lines(folder / "skipped.jsonl", [
+        {"path": entry.name, "reason": entry.reason, **({"detail": entry.detail} if entry.detail else {})}
+        for entry in listing.skipped])
     return report
 
 

@@ -10,23 +10,23 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from avprep.account import SplitReport, account, reason_of, write_index
 from avprep.clips import Clip, Window, make_clip, windows
-from avprep.datasets import DATASETS
-from avprep.datasets.source import Source
-from avprep.errors import AvprepError, SourceFailed
+from avprep.datasets import DATASETS, list_split
+from avprep.datasets.folder import SPLIT_NAMES
+from avprep.errors import AvprepError, NothingToBuild, SourceFailed
 from avprep.executors import EXECUTORS
 from avprep.media import Media
-from avprep.plan import ProbeCache, ShardTask, probe_source, shard_tasks, shuffled_rank
+from avprep.plan import ShardTask, shard_tasks, shuffled_rank
+from avprep.probing import probe_all
 from avprep.progress import progress
 from avprep.shards import INDEX, ShardWriter, write_whole
 from avprep.spec import ClipSpec
-
-_PROBE_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -66,34 +66,43 @@ def choose_splits(dataset: str, raw: Path, split: str) -> list[str]:
     there = DATASETS[dataset].splits(raw)
     if split != "all":
         if there and split not in there:
-            raise AvprepError(f"--split {split}: {dataset} in {raw} has {', '.join(there)}; or say --split all")
+            raise AvprepError(f"--split {split}: {dataset} in {raw} has {', '.join(there)}; or say --split all"
+                              + _did_you_mean(split, there))
         return [split]
     if not there:
         raise AvprepError(f"no split of {dataset} found in {raw}. Lay it out: {DATASETS[dataset].layout}")
     return list(there)
 
 
+def _did_you_mean(split: str, there: tuple[str, ...]) -> str:
+    other_name = next((name for name, others in SPLIT_NAMES.items() if split.lower() in others), split)
+    nearest = get_close_matches(other_name, there, 1)
+    return f" (did you mean {nearest[0]}?)" if nearest else ""
+
+
 def build_split(options: BuildOptions, split: str) -> SplitReport:
     """Build one split into `OUT/DATASET/SPLIT/`, doing only what an earlier run left undone.
 
     Raises:
-        AvprepError: nothing to build, or the folder is in use by another build.
+        NothingToBuild: there is not one file to try.
+        AvprepError: a list is missing or not of its kind, or the folder is in use by another build.
     """
     started = time.monotonic()
-    listing = DATASETS[options.dataset].find(options.raw.absolute(), split)
-    sources = sorted(listing.sources, key=lambda source: shuffled_rank(source.key))[: options.limit]
-    if not sources:
-        skipped = Counter(reason for _, reason in listing.skipped)
+    listing = list_split(options.dataset, options.raw.absolute(), split)
+    listed = sorted(listing.sources, key=lambda source: shuffled_rank(source.key))[: options.limit]
+    if not listed:
+        skipped = Counter(entry.reason for entry in listing.skipped)
         looked = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "the folder holds none"
-        raise AvprepError(f"no media files of {options.dataset} {split} in {options.raw} ({looked}). "
-                          f"Lay them out: {DATASETS[options.dataset].layout}")
+        raise NothingToBuild(f"no media files of {options.dataset} {split} in {options.raw} ({looked}). "
+                             f"Lay them out: {DATASETS[options.dataset].layout}")
     folder = options.out / options.dataset / split
     state = folder / ".build"
     with _only_builder(state):
         if options.force:
             for path in [folder / INDEX, *state.glob(f"{split}-*.json"), state / "probes.jsonl"]:
                 path.unlink(missing_ok=True)
-        media = _probe_all(sources, state, options)
+        sources, media, left = probe_all(listed, state / "probes.jsonl", options.workers)
+        listing.skipped += left
         tasks = shard_tasks((window for source, found in zip(sources, media, strict=True) if isinstance(found, Media)
                              for window in windows(source, found, options.spec)),
                             options.spec, options.dataset, split, options.shard_bytes)
@@ -129,31 +138,11 @@ def _only_builder(state: Path) -> Iterator[None]:
         shutil.rmtree(state / "scratch")
 
 
-def _probe_all(sources: list[Source], state: Path, options: BuildOptions) -> list[Media | SourceFailed]:
-    cache = ProbeCache(state / "probes.jsonl")
-    found: list[Media | SourceFailed | None] = [cache.get(source) for source in sources]
-    unknown = [number for number, media in enumerate(found) if media is None]
-    run = EXECUTORS[options.executor]
-    results = progress(run(probe_source, (sources[number] for number in unknown), options.workers), "probe", "file",
-                       len(unknown))
-    fresh: list[tuple[Source, Media]] = []
-    try:
-        for number, result in zip(unknown, results, strict=True):
-            found[number] = result
-            if isinstance(result, Media):
-                fresh.append((sources[number], result))
-            if len(fresh) == _PROBE_BATCH:
-                cache.add(fresh)
-                fresh = []
-    finally:
-        cache.add(fresh)
-    return [media for media in found if media is not None]
-
-
 def _make(window: Window, spec: ClipSpec, dataset: str, split: str, scratch: Path,
           timeout_s: float) -> Clip | SourceFailed:
     try:
-        return make_clip(window, spec, dataset, split, scratch / f"{window.key}.mp4", timeout_s)
+        # Not the key itself: on a file system that takes A for a, two keys may be one name.
+        return make_clip(window, spec, dataset, split, scratch / f"{shuffled_rank(window.key).hex()}.mp4", timeout_s)
     except SourceFailed as failure:
         return failure
 

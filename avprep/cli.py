@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from avprep import __version__
-from avprep.errors import AvprepError
+from avprep.errors import AvprepError, NothingToBuild
 from avprep.spec import ClipSpec
 
 if TYPE_CHECKING:
@@ -48,6 +50,9 @@ def main() -> None:
 
     Every option can also be set as AVPREP_COMMAND_OPTION, for example AVPREP_BUILD_WORKERS=8.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files and classes may be anything
 
 
 def _known_dataset(context: click.Context, param: click.Parameter, value: str) -> str:
@@ -90,12 +95,19 @@ def build(split: str, dataset: str, raw: Path | None, out: Path, workers: int, e
         make_demo(raw, workers)
     check_raw(dataset, raw)
     clips = 0
-    for name in choose_splits(dataset, raw, split):
-        report = build_split(options, name)
+    splits = choose_splits(dataset, raw, split)
+    for name in splits:
+        try:
+            report = build_split(options, name)
+        except NothingToBuild as nothing:
+            if len(splits) == 1:
+                raise
+            click.echo(f"{dataset} {name}: {nothing}", err=True)
+            continue
         clips += report.clips
         _print_report(f"{dataset} {name}", report)
     if clips == 0:
-        raise click.ClickException("not one clip could be written: see failures.jsonl in the folder above")
+        raise click.ClickException("not one clip could be written: see what is said above, and failures.jsonl")
 
 
 def _print_report(title: str, report: SplitReport) -> None:
@@ -111,7 +123,8 @@ def _print_report(title: str, report: SplitReport) -> None:
         click.echo(f"  {report.elapsed_s:.1f} s: {report.new_clips_s / report.elapsed_s:.0f} seconds of video a second")
     else:
         click.echo("  all shards were there already (--force builds anew)")
-    click.echo(f"  {report.folder}/index.json" + (f", {report.folder}/failures.jsonl" if report.failed else ""))
+    accounts = [name for name, counts in (("failures", report.failed), ("skipped", report.skipped)) if counts]
+    click.echo(", ".join([f"  {report.folder}/index.json", *(f"{report.folder}/{name}.jsonl" for name in accounts)]))
 
 
 @main.command()

@@ -100,12 +100,13 @@ def make_clip(window: Window, spec: ClipSpec, dataset: str, split: str, scratch:
     return Clip(window.key, members, info)
 
 
-def _labels_inside(labels: tuple[int, ...], times_s: tuple[tuple[float, float], ...], start_s: float,
+def _labels_inside(labels: tuple[int, ...], times_s: tuple[tuple[tuple[float, float], ...], ...], start_s: float,
                    end_s: float) -> dict[str, Any]:
     """The labels whose time overlaps the clip; their times count from the clip's start."""
-    inside = [(label, [round(first - start_s, 3), round(last - start_s, 3)])
-              for label, (first, last) in zip(labels, times_s, strict=True) if first < end_s and last > start_s]
-    return {"labels": [label for label, _ in inside], "label_times_s": [times for _, times in inside]}
+    inside = {label: [round(time_s - start_s, 3) for span in spans if span[0] < end_s and span[1] > start_s
+                      for time_s in span] for label, spans in zip(labels, times_s, strict=True)}
+    return {"labels": [label for label, times in inside.items() if times],
+            "label_times_s": [times for times in inside.values() if times]}
 
 
 def _count_frames(mp4: bytes) -> tuple[int, int, int]:

@@ -9,9 +9,15 @@ class AvprepError(Exception):
     """A problem that ends the command: one line saying what is wrong and what to do."""
 
 
+class NothingToBuild(AvprepError):
+    """A split without a single file to try; other splits may have some."""
+
+
 class Reason(str, Enum):
     """Why one source could not be written. The value stands in `failures.jsonl` and in the summary."""
 
+    UNOPENED = "can't be opened"
+    NOT_A_FILE = "not a regular file"
     EMPTY = "empty file"
     UNREADABLE = "not a readable media file"
     NO_STREAMS = "neither picture nor sound"

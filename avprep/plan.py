@@ -7,13 +7,10 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from avprep import __version__
 from avprep.clips import Window
-from avprep.datasets.source import Source
-from avprep.errors import SourceFailed
-from avprep.media import Media, ffmpeg_version, probe
+from avprep.media import ffmpeg_version
 from avprep.spec import FORMAT_VERSION, ClipSpec
 
 # Seen on the videos of tests and README at short side 160, 16 fps, crf 23: 2 to 22 kB a second.
@@ -63,49 +60,13 @@ def _expected_bytes(window: Window, spec: ClipSpec) -> float:
 
 def _fingerprint(windows: list[Window], spec: ClipSpec, dataset: str, split: str) -> str:
     content = [FORMAT_VERSION, __version__, ffmpeg_version(), spec.to_json(), dataset, split, [
-        [window.key, window.source.name, window.source.path.stat().st_size, window.start_s, window.length_s,
+        [window.key, window.source.name, _size_bytes(window.source.path), window.start_s, window.length_s,
          window.source.labels, window.source.label_times_s] for window in windows]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-class ProbeCache:
-    """What was probed before, so that a build that goes on does not open every file again.
-
-    One line a file is appended as soon as it is known; files whose size or date changed are probed anew.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._known: dict[str, tuple[list[int], Media]] = {}
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    name, state, media = json.loads(line)
-                    self._known[name] = (state, Media(**media))
-                except (ValueError, TypeError):  # the last line of a killed run
-                    continue
-
-    def get(self, source: Source) -> Media | None:
-        """The file's media, if it has not changed since."""
-        state, media = self._known.get(source.name, (None, None))
-        return media if state == _state(source) else None
-
-    def add(self, found: Iterable[tuple[Source, Media]]) -> None:
-        """Append what was found."""
-        with self._path.open("a", encoding="utf-8") as file:
-            for source, media in found:
-                entry: list[Any] = [source.name, _state(source), vars(media)]
-                file.write("\n" + json.dumps(entry))
-
-
-def _state(source: Source) -> list[int]:
-    status = source.path.stat()
-    return [status.st_size, status.st_mtime_ns]
-
-
-def probe_source(source: Source) -> Media | SourceFailed:
-    """`probe`, with its failure as a result."""
+def _size_bytes(path: Path) -> int:
     try:
-        return probe(source.path)
-    except SourceFailed as failure:
-        return failure
+        return path.stat().st_size
+    except OSError:  # gone since its header was read: its clips fail, with the reason
+        return -1

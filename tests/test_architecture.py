@@ -13,7 +13,8 @@ LONGEST_FILE_LINES = 420
 # Floors: a module imports only from floors below its own.
 AVPREP_FLOORS = [
     {"errors"}, {"spec", "executors", "progress", "__init__"}, {"datasets", "media", "logmel"}, {"clips"},
-    {"shards", "plan"}, {"account", "demo", "verify", "preview"}, {"build"}, {"cli"}]
+    {"shards", "plan", "headers"}, {"probing", "account", "demo", "verify", "preview"},
+    {"build"}, {"cli"}]
 
 AVTRAIN_FLOORS = [
     {"errors", "__init__", "progress", "files"}, {"config", "runtime", "metrics"}, {"tasks"},

@@ -1,6 +1,7 @@
 """The datasets that avprep knows: one plain table, one file an adapter.
 
-An adapter is two functions: `splits(raw)` says which splits are there, `find(raw, split)` lists the files with labels.
+An adapter is two functions: `splits(raw)` says which splits are there, `find(raw, split)` lists the files with labels;
+`list_split` completes the list.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from avprep.datasets import audioset, charades, esc, folder, kinetics, ucf101
-from avprep.datasets.source import Listing
+from avprep.datasets.source import Listing, complete
 
 
 @dataclass(frozen=True)
@@ -56,3 +57,8 @@ DATASETS: dict[str, Dataset] = {
                       "your own files"),
     "demo": Dataset(folder.splits, folder.find, "train/CLASS/*.mp4, test/CLASS/*.mp4", "made by `avprep demo`"),
 }
+
+
+def list_split(dataset: str, raw: Path, split: str) -> Listing:
+    """What a split of a dataset lists, nothing twice and every source under a key of its own."""
+    return complete(DATASETS[dataset].find(raw, split), raw)

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from avprep.datasets.source import (
-    LISTED_TWICE,
-    MISSING_FILE,
-    Listing,
-    all_files,
-    first_existing,
-    is_media,
-    number,
-    read_csv,
-    source_of,
-)
+from avprep.datasets.files import all_files, by_stem, first_existing
+from avprep.datasets.source import BAD_TIMES, MISSING_FILE, UNKNOWN_CLASS, Listing, Skipped, one_of, source_of
+from avprep.datasets.tables import read_csv, read_rows, time_span
 from avprep.errors import AvprepError
 
 SPLITS = ("balanced_train", "unbalanced_train", "eval")
 _ID_LENGTH = 11
 # What download tools append to the id: _30000_40000 (milliseconds), _30.000, _000030_000040 ...
-_TIMES = re.compile(r"[_-][0-9.]+([_-][0-9.]+)?")
+_TIMES = re.compile(r"[_-]([0-9.]+)([_-][0-9.]+)?")
 
 
 def splits(raw: Path) -> tuple[str, ...]:
@@ -36,30 +28,54 @@ def find(raw: Path, split: str) -> Listing:
     if table is None or names is None:
         lacking = f"{split}_segments.csv" if table is None else "class_labels_indices.csv"
         raise AvprepError(f"no {lacking} in {raw} or {raw / 'annotations'}: put the official file there")
-    class_rows = sorted(read_csv(names, ("index", "mid", "display_name")), key=lambda row: int(row["index"]))
-    index = {row["mid"]: position for position, row in enumerate(class_rows)}
-    files: dict[str, Path] = {}
-    for path in filter(is_media, all_files(raw)):
-        stem = path.stem[1:] if len(path.stem) > _ID_LENGTH and _is_id(path.stem[1:]) else path.stem
-        if _is_id(stem):
-            files.setdefault(stem[:_ID_LENGTH], path)
-    listing = Listing([row["display_name"] for row in class_rows], multi_label=True)
-    seen: set[str] = set()
-    with table.open(newline="", encoding="utf-8") as file:
-        for row in csv.reader((line for line in file if not line.startswith("#")), skipinitialspace=True):
-            if len(row) < 4:
-                continue
-            youtube_id, start_s, end_s = row[0], number(row[1], table), number(row[2], table)
-            labels = tuple(index[mid] for mid in row[3].split(",") if mid in index)
-            key = f"{youtube_id}_{int(start_s):06d}_{int(end_s):06d}"
-            if youtube_id not in files:
-                listing.skipped.append((key, MISSING_FILE))
-            elif key in seen:
-                listing.skipped.append((key, LISTED_TWICE))
+    mids, classes = _class_list(names)
+    index = {mid: position for position, mid in enumerate(mids)}
+    listing = Listing(classes, multi_label=True)
+    files: dict[str, list[tuple[str, Path]]] = {}  # by id: (what stands behind it in the name, path)
+    for stem, paths in by_stem(all_files(raw, raw, listing.skipped)).items():
+        name = stem[1:] if len(stem) > _ID_LENGTH and _is_id(stem[1:]) else stem
+        if _is_id(name):
+            files.setdefault(name[:_ID_LENGTH], []).extend((name[_ID_LENGTH:], path) for path in paths)
+    for row in read_rows(table, ("id", "start", "end", "mids"), listing.skipped):
+        youtube_id, moment_s = row.values["id"], time_span(row.values["start"], row.values["end"])
+        wanted = [mid.strip() for mid in row.values["mids"].split(",") if mid.strip()]
+        if moment_s is None:
+            listing.skipped.append(row.skipped(BAD_TIMES))
+        elif any(mid not in index for mid in wanted):
+            listing.skipped.append(row.skipped(UNKNOWN_CLASS))
+        else:
+            key = f"{youtube_id}_{int(moment_s[0]):06d}_{int(moment_s[1]):06d}"
+            found = [source_of(path, raw, (index[mid] for mid in wanted), key=key, moment_s=moment_s)
+                     for path in _of_moment(files.get(youtube_id, ()), moment_s[0])]
+            if found:
+                listing.sources.append(one_of(found))
             else:
-                listing.sources.append(source_of(files[youtube_id], raw, labels, key=key, moment_s=(start_s, end_s)))
-            seen.add(key)
+                listing.skipped.append(Skipped(key, MISSING_FILE))
     return listing
+
+
+def _class_list(names: Path) -> tuple[list[str], list[str]]:
+    """(MIDs, names) in the order of the list's index."""
+    broken: list[Skipped] = []
+    rows = read_csv(names, ("index", "mid", "display_name"), broken)
+    broken += [row.skipped("") for row in rows if not row.values["index"].isdecimal()]
+    if broken:
+        raise AvprepError(f"{names}: {broken[0].name} is not index,mid,display_name: get the official file anew")
+    rows.sort(key=lambda row: int(row.values["index"]))
+    return [row.values["mid"] for row in rows], [row.values["display_name"] for row in rows]
+
+
+def _of_moment(files: Sequence[tuple[str, Path]], start_s: float) -> list[Path]:
+    """The files of an id, without those whose name tells of another moment, as long as any is left."""
+    return [path for times, path in files if _may_start_at(times, start_s)] or [path for _, path in files]
+
+
+def _may_start_at(times: str, start_s: float) -> bool:
+    match = _TIMES.fullmatch(times)
+    try:
+        return match is None or float(match[1]) in (start_s, int(start_s), 1000 * start_s)
+    except ValueError:
+        return True
 
 
 def _is_id(stem: str) -> bool:

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from avprep.datasets.source import MISSING_FILE, Listing, first_existing, number, read_csv, source_of
+from avprep.datasets.files import all_files, by_stem, first_existing
+from avprep.datasets.source import (
+    BAD_TIMES,
+    MISSING_FILE,
+    UNKNOWN_CLASS,
+    UNUSABLE_ROW,
+    Listing,
+    Skipped,
+    one_of,
+    printable,
+    source_of,
+)
+from avprep.datasets.tables import read_csv, read_lines, time_span
 from avprep.errors import AvprepError
 
 SPLITS = ("train", "test")
@@ -23,20 +35,38 @@ def find(raw: Path, split: str) -> Listing:
     if table is None or names is None:
         lacking = f"Charades_v1_{split}.csv" if table is None else "Charades_v1_classes.txt"
         raise AvprepError(f"no {lacking} in {raw} or {raw / 'Charades'}: unpack the official annotations there")
-    code_and_name = [line.split(" ", 1) for line in names.read_text(encoding="utf-8").splitlines() if line.strip()]
+    code_and_name = [line.text.split(maxsplit=1) for line in read_lines(names)]
     index = {entry[0]: position for position, entry in enumerate(code_and_name)}
-    videos = first_existing((raw / "Charades_v1_480", raw / "Charades_v1", raw / "videos", raw))
-    assert videos is not None
-    listing = Listing([entry[-1] for entry in code_and_name], multi_label=True)
-    for row in read_csv(table, ("id", "actions")):
-        actions = [action.split() for action in row["actions"].split(";") if action]
-        if any(len(action) != 3 or action[0] not in index for action in actions):
-            raise AvprepError(f"{table}: the actions of {row['id']} are not 'cNNN START END' of the class list")
-        path = videos / f"{row['id']}.mp4"
-        if not path.is_file():
-            listing.skipped.append((row["id"], MISSING_FILE))
-            continue
-        times = tuple((number(action[1], table), number(action[2], table)) for action in actions)
-        labels = tuple(index[action[0]] for action in actions)
-        listing.sources.append(source_of(path, raw, labels, key=row["id"], label_times_s=times))
+    listing = Listing([printable(entry[-1]) for entry in code_and_name], multi_label=True)
+    folders = [folder for name in ("Charades_v1_480", "Charades_v1", "videos") if (folder := raw / name).is_dir()]
+    files = by_stem(path for folder in folders or [raw] for path in all_files(folder, raw, listing.skipped))
+    for row in read_csv(table, ("id", "actions"), listing.skipped):
+        times_s, problem = _times_of_labels(row.values["actions"], index)
+        if problem:
+            listing.skipped.append(row.skipped(problem))
+        elif row.values["id"] not in files:
+            listing.skipped.append(Skipped(row.values["id"], MISSING_FILE))
+        else:
+            times = tuple(map(tuple, times_s.values()))
+            listing.sources.append(one_of(
+                source_of(path, raw, times_s, key=row.values["id"], label_times_s=times)
+                for path in files[row.values["id"]]))
     return listing
+
+
+def _times_of_labels(actions: str, index: dict[str, int]) -> tuple[dict[int, list[tuple[float, float]]], str]:
+    """'cNNN START END;...' as the times of each label, and what is wrong with it, if anything."""
+    times_s: dict[int, list[tuple[float, float]]] = {}
+    for action in actions.split(";"):
+        if not action.strip():
+            continue
+        parts = action.split()
+        if len(parts) != 3:
+            return {}, UNUSABLE_ROW
+        span = time_span(parts[1], parts[2])
+        if parts[0] not in index:
+            return {}, UNKNOWN_CLASS
+        if span is None:
+            return {}, BAD_TIMES
+        times_s.setdefault(index[parts[0]], []).append(span)
+    return times_s, ""

@@ -5,10 +5,23 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from avprep.datasets.source import MISSING_FILE, Listing, all_files, is_media, number, read_csv, source_of
+from avprep.datasets.files import all_files, by_stem, is_media, sub_folders
+from avprep.datasets.source import (
+    MISSING_FILE,
+    NO_FOLD,
+    UNUSABLE_ROW,
+    Listing,
+    Skipped,
+    name_of,
+    one_of,
+    printable,
+    source_of,
+)
+from avprep.datasets.tables import Row, read_csv
 from avprep.errors import AvprepError
 
 SPLITS = ("fold1", "fold2", "fold3", "fold4", "fold5")
+_FOLDS = tuple(split[-1] for split in SPLITS)
 _NUMBERED_CLASS = re.compile(r"\d{3} - (.+)")
 
 
@@ -26,14 +39,18 @@ def find_esc10(raw: Path, split: str) -> Listing:
     """The ESC-10 archive (`NNN - CLASS/FOLD-ID-TAKE.ogg`), or the rows of ESC-50 that are marked esc10."""
     if (raw / "meta" / "esc50.csv").exists():
         return _from_csv(raw, split, esc10_only=True)
-    folders = sorted(path for path in raw.iterdir() if path.is_dir() and _NUMBERED_CLASS.fullmatch(path.name))
+    folders = [path for path in sub_folders(raw) if _NUMBERED_CLASS.fullmatch(path.name)]
     if not folders:
         raise AvprepError(f"no folder like '001 - Dog bark' and no meta/esc50.csv in {raw}: "
                           "unpack the ESC-10 or the ESC-50 archive there")
-    listing = Listing([folder.name[6:] for folder in folders])
+    listing = Listing([printable(folder.name[6:]) for folder in folders])
     for label, folder in enumerate(folders):
-        listing.sources += [source_of(path, raw, (label,), key=path.stem) for path in all_files(folder)
-                            if is_media(path) and path.name.split("-")[0] == split[-1]]
+        for path in filter(is_media, all_files(folder, raw, listing.skipped)):
+            fold = path.name.split("-")[0]
+            if fold == split[-1]:
+                listing.sources.append(source_of(path, raw, (label,), key=path.stem))
+            elif fold not in _FOLDS:
+                listing.skipped.append(Skipped(name_of(path, raw), NO_FOLD))
     return listing
 
 
@@ -41,22 +58,25 @@ def _from_csv(raw: Path, split: str, esc10_only: bool) -> Listing:
     table = raw / "meta" / "esc50.csv"
     if not table.exists():
         raise AvprepError(f"no {table}: unpack the ESC-50 archive (audio/, meta/) into {raw}")
-    rows = read_csv(table, ("filename", "fold", "target", "category", "esc10"))
-    if esc10_only:
-        rows = [row for row in rows if row["esc10"] == "True"]
-
-    def target_of(row: dict[str, str]) -> int:
-        return int(number(row["target"], table))
-
-    targets = {target_of(row): row["category"] for row in rows}
+    problems: list[Skipped] = []
+    rows = [row for row in read_csv(table, ("filename", "fold", "target", "category", "esc10"), problems)
+            if not esc10_only or row.values["esc10"].casefold() == "true"]
+    problems += [row.skipped(UNUSABLE_ROW) for row in rows if not _is_usable(row)]
+    rows = [row for row in rows if _is_usable(row)]
+    targets = {int(row.values["target"]): row.values["category"] for row in rows}
     index = {target: label for label, target in enumerate(sorted(targets))}
-    listing = Listing([targets[target] for target in sorted(targets)])
+    listing = Listing([targets[target] for target in sorted(targets)], skipped=problems)
+    files = by_stem(all_files(raw / "audio", raw, problems))
     for row in rows:
-        if row["fold"] != split[-1]:
+        if row.values["fold"] != split[-1]:
             continue
-        path = raw / "audio" / row["filename"]
-        if path.is_file():
-            listing.sources.append(source_of(path, raw, (index[target_of(row)],), key=path.stem))
+        stem, label = Path(row.values["filename"]).stem, index[int(row.values["target"])]
+        if stem in files:
+            listing.sources.append(one_of(source_of(path, raw, (label,), key=stem) for path in files[stem]))
         else:
-            listing.skipped.append((row["filename"], MISSING_FILE))
+            listing.skipped.append(Skipped(row.values["filename"], MISSING_FILE))
     return listing
+
+
+def _is_usable(row: Row) -> bool:
+    return row.values["target"].isdecimal() and row.values["fold"] in _FOLDS

@@ -4,34 +4,74 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from avprep.datasets.source import NOT_MEDIA, Listing, all_files, is_media, source_of
+from avprep.datasets.files import all_files, is_media, sub_folders
+from avprep.datasets.source import BESIDE_SPLITS, NOT_MEDIA, Listing, Skipped, name_of, printable, source_of
 from avprep.errors import AvprepError
 
-_SPLIT_FOLDERS = ("train", "val", "test")
+SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validate", "validation", "dev"),
+               "test": ("test", "testing", "eval", "evaluation")}
+_SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}
 
 
 def splits(raw: Path) -> tuple[str, ...]:
-    """The split folders that are there; a tree without any is one split, train."""
-    return tuple(name for name in _SPLIT_FOLDERS if (raw / name).is_dir()) or ("train",)
+    """The splits whose folders are there; a tree without any is one split, train."""
+    return tuple(_split_folders(raw)) or ("train",)
 
 
 def find(raw: Path, split: str) -> Listing:
     """`SPLIT/CLASS/**/*`, or `CLASS/**/*` where there are no split folders; files outside a class have no label.
 
-    The class list is that of all splits together, so that a label means the same in each of them.
+    The class list is that of all splits together, so that a label means the same in each of them; a class is a folder
+    that holds media.
     """
-    names = splits(raw)
+    folders_of = _split_folders(raw)
+    names = tuple(folders_of) or ("train",)
     if split not in names:
         raise AvprepError(f"no folder {raw / split}: the splits in {raw} are {', '.join(names)}")
-    folder_of = {name: raw / name for name in names} if (raw / names[0]).is_dir() else {"train": raw}
-    classes = sorted({path.name for folder in folder_of.values() for path in folder.iterdir()
-                      if path.is_dir() and not path.name.startswith(".")})
+    roots = [folder for folders in folders_of.values() for folder in folders] or [raw]
+    classes = sorted({printable(path.name) for root in roots for path in sub_folders(root) if _holds_media(path)})
     index = {name: position for position, name in enumerate(classes)}
     listing = Listing(classes)
-    for path in all_files(folder_of[split]):
-        inside = path.relative_to(folder_of[split]).parts
-        if is_media(path):
-            listing.sources.append(source_of(path, raw, (index[inside[0]],) if len(inside) > 1 else ()))
-        else:
-            listing.skipped.append((path.relative_to(raw).as_posix(), NOT_MEDIA))
+    for root in folders_of.get(split, [raw]):
+        for path in all_files(root, raw, listing.skipped):
+            inside = path.relative_to(root).parts
+            if is_media(path):
+                labels = (index[printable(inside[0])],) if len(inside) > 1 else ()
+                listing.sources.append(source_of(path, raw, labels))
+            else:
+                listing.skipped.append(Skipped(name_of(path, raw), NOT_MEDIA))
+    if folders_of:
+        listing.skipped += [Skipped(name_of(path, raw), BESIDE_SPLITS) for path in _beside(raw, roots)]
     return listing
+
+
+def _split_folders(raw: Path) -> dict[str, list[Path]]:
+    """The folders of each split, in the order train, val, test; none if the folders in `raw` are classes.
+
+    train/, val/ and test/ are splits in any case of letters. Other names for them (validation/, testing/) are, if they
+    stand beside one of those or if there are no other folders of media. But one such folder alone, beside others, is a
+    class (bus/, plane/, train/) if media lie in it and not in folders below it.
+    """
+    named: dict[str, list[Path]] = {}
+    for path in sub_folders(raw):
+        if path.name.casefold() in _SPLIT_OF:
+            named.setdefault(_SPLIT_OF[path.name.casefold()], []).append(path)
+    found = [path for paths in named.values() for path in paths]
+    if found and _beside(raw, found):
+        if not any(path.name.casefold() in SPLIT_NAMES for path in found):
+            return {}
+        if len(found) == 1 and not any(map(_holds_media, sub_folders(found[0]))) and _holds_media(found[0]):
+            return {}
+    return {split: named[split] for split in SPLIT_NAMES if split in named}
+
+
+def _beside(raw: Path, taken: list[Path]) -> list[Path]:
+    """What holds media in `raw` itself, beside the folders that are taken."""
+    folders = sub_folders(raw)
+    files = (path for path in sorted(raw.iterdir()) if is_media(path) and not path.name.startswith("."))
+    return [*(path for path in folders if path not in taken and _holds_media(path)),
+            *(path for path in files if path not in folders)]
+
+
+def _holds_media(folder: Path) -> bool:
+    return any(map(is_media, all_files(folder, folder, [])))

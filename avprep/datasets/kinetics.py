@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from avprep.datasets.source import (
-    LISTED_TWICE,
-    MISSING_FILE,
-    VIDEO_SUFFIXES,
-    Listing,
-    all_files,
-    first_existing,
-    number,
-    read_csv,
-    source_of,
-)
+from avprep.datasets.files import all_files, by_stem
+from avprep.datasets.source import BAD_TIMES, MISSING_FILE, Listing, Skipped, one_of, source_of
+from avprep.datasets.tables import Row, read_csv, time_span
 from avprep.errors import AvprepError
 
 SPLITS = ("train", "val", "test")
 _OTHER_NAMES = {"train": ("train",), "val": ("val", "validate", "validation"), "test": ("test",)}
+_COLUMNS = ("youtube_id", "time_start", "time_end")
 
 
 def splits(raw: Path) -> tuple[str, ...]:
@@ -30,40 +23,55 @@ def find(raw: Path, split: str) -> Listing:
     """Match the rows of the split's CSV with the files below `raw`.
 
     A file `ID_SSSSSS_EEEEEE.*` (flat or in any sub-folder) is the trimmed clip of a row; a file `ID.*` is the whole
-    video, out of which a clip is cut around the annotated moment.
+    video, out of which a clip is cut around the annotated moment. The class list is that of all splits together, so
+    that a label means the same in each of them.
     """
-    table = _csv(raw, split)
-    if table is None:
+    if _csv(raw, split) is None:
         raise AvprepError(f"no CSV of the split {split!r} in {raw} or {raw / 'annotations'}: put the official "
                           f"{split}.csv (label,youtube_id,time_start,time_end,split) there, or use --dataset folder")
-    rows = read_csv(table, ("youtube_id", "time_start", "time_end"))
-    classes = sorted({row["label"] for row in rows if row.get("label")})
+    problems: list[Skipped] = []
+    rows = _rows(raw, split, problems)
+    labels_of = {split: rows, **{other: _rows(raw, other, []) for other in splits(raw) if other != split}}
+    classes = sorted({label for entries in labels_of.values() for row, _ in entries if (label := _label(row))})
     index = {name: position for position, name in enumerate(classes)}
-    by_stem = {path.stem: path for path in all_files(raw) if path.suffix.lower() in VIDEO_SUFFIXES}
-    listing = Listing(classes)
-    seen: set[str] = set()
-    for row in rows:
-        start_s, end_s = number(row["time_start"], table), number(row["time_end"], table)
-        stem = f"{row['youtube_id']}_{int(start_s):06d}_{int(end_s):06d}"
-        labels = (index[row["label"]],) if row.get("label") else ()
-        if stem in seen:
-            listing.skipped.append((stem, LISTED_TWICE))
-        elif stem in by_stem:
-            listing.sources.append(source_of(by_stem[stem], raw, labels, key=stem))
-        elif row["youtube_id"] in by_stem:
-            listing.sources.append(source_of(by_stem[row["youtube_id"]], raw, labels, key=stem,
-                                             moment_s=(start_s, end_s)))
+    files = by_stem(all_files(raw, raw, problems))
+    listing = Listing(classes, skipped=problems)
+    for row, moment_s in rows:
+        youtube_id = row.values["youtube_id"]
+        stem = f"{youtube_id}_{int(moment_s[0]):06d}_{int(moment_s[1]):06d}"
+        labels = (index[_label(row)],) if _label(row) else ()
+        found = [source_of(path, raw, labels, key=stem) for path in files.get(stem, ())]
+        found += [source_of(path, raw, labels, key=stem, moment_s=moment_s) for path in files.get(youtube_id, ())]
+        if found:
+            listing.sources.append(one_of(found))
         else:
-            listing.skipped.append((stem, MISSING_FILE))
-        seen.add(stem)
+            listing.skipped.append(Skipped(stem, MISSING_FILE))
     return listing
 
 
+def _label(row: Row) -> str:
+    return row.values.get("label", "")
+
+
+def _rows(raw: Path, split: str, problems: list[Skipped]) -> list[tuple[Row, tuple[float, float]]]:
+    """The usable rows of a split's CSV, each with its moment."""
+    table = _csv(raw, split)
+    assert table is not None
+    usable = []
+    for row in read_csv(table, _COLUMNS, problems, more=("label",)):
+        moment_s = time_span(row.values["time_start"], row.values["time_end"])
+        if moment_s is None:
+            problems.append(row.skipped(BAD_TIMES))
+        else:
+            usable.append((row, moment_s))
+    return usable
+
+
 def _csv(raw: Path, split: str) -> Path | None:
+    """The split's table: train.csv, or for example kinetics700_train.csv or kinetics-700_val.csv, in any case."""
+    tables = [path for folder in (raw, raw / "annotations") if folder.is_dir() for path in sorted(folder.iterdir())
+              if path.suffix.lower() == ".csv"]
     names = _OTHER_NAMES[split]
-    exact = first_existing(folder / f"{name}.csv" for folder in (raw, raw / "annotations") for name in names)
-    if exact is not None:
-        return exact
-    # For example kinetics700_train.csv, kinetics-700_val.csv.
-    return first_existing(path for folder in (raw, raw / "annotations") for name in names
-                          for path in sorted(folder.glob(f"*[_-]{name}.csv")))
+    exact = [path for path in tables for name in names if path.stem.lower() == name]
+    longer = [path for path in tables for name in names if path.stem.lower().endswith((f"_{name}", f"-{name}"))]
+    return next(iter(exact + longer), None)
