@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from avprep.datasets.source import printable
 from avprep.errors import AvprepError, Reason, SourceFailed
 from avprep.media import Media, probe
 
@@ -36,7 +37,7 @@ def read_header(path: Path) -> Media | SourceFailed:
             pass
         return probe(path)
     except OSError as error:
-        link = f", a link to {os.readlink(path)}" if path.is_symlink() else ""
+        link = f", a link to {printable(os.readlink(path))}" if path.is_symlink() else ""
         return SourceFailed("probe", Reason.UNOPENED, f"{error.strerror or error}{link}")
     except SourceFailed as failure:
         return failure

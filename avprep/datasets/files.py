@@ -55,11 +55,12 @@ def all_files(folder: Path, raw: Path, problems: list[Skipped]) -> Iterator[Path
     Links are followed, except back to a folder that they lie in. What is hidden, or a system's own, is passed over.
 
     Args:
-        folder: where to look.
-        raw: the raw folder, which names in `problems` are relative to.
+        folder: where to look: the raw folder, or one in it.
+        raw: the raw folder; names in `problems` are relative to it, and links to a folder that it lies in are refused.
         problems: gets a line for each folder that can't be walked.
     """
-    todo = [(folder, frozenset(map(_identity, folder.resolve().parents)))]
+    lexical = folder.parents[: len(folder.relative_to(raw).parts)]  # those from the raw folder down
+    todo = [(folder, frozenset(map(_identity, (*raw.resolve().parents, *lexical))))]
     while todo:
         here, above = todo.pop()
         try:

@@ -29,7 +29,7 @@ def find(raw: Path, split: str) -> Listing:
     if split not in names:
         raise AvprepError(f"no folder {raw / split}: the splits in {raw} are {', '.join(names)}")
     roots = [folder for folders in folders_of.values() for folder in folders] or [raw]
-    classes = sorted({printable(path.name) for root in roots for path in sub_folders(root) if _holds_media(path)})
+    classes = sorted({printable(path.name) for root in roots for path in sub_folders(root) if _holds_media(path, raw)})
     index = {name: position for position, name in enumerate(classes)}
     listing = Listing(classes)
     for root in folders_of.get(split, [raw]):
@@ -57,10 +57,9 @@ def _split_folders(raw: Path) -> dict[str, list[Path]]:
         if path.name.casefold() in _SPLIT_OF:
             named.setdefault(_SPLIT_OF[path.name.casefold()], []).append(path)
     found = [path for paths in named.values() for path in paths]
-    if found and _beside(raw, found):
-        if not any(path.name.casefold() in SPLIT_NAMES for path in found):
-            return {}
-        if len(found) == 1 and not any(map(_holds_media, sub_folders(found[0]))) and _holds_media(found[0]):
+    if found and any(path.is_dir() for path in _beside(raw, found)):
+        only_other_names = not any(path.name.casefold() in SPLIT_NAMES for path in found)
+        if only_other_names or (len(found) == 1 and _holds_media_itself(found[0], raw)):
             return {}
     return {split: named[split] for split in SPLIT_NAMES if split in named}
 
@@ -69,9 +68,13 @@ def _beside(raw: Path, taken: list[Path]) -> list[Path]:
     """What holds media in `raw` itself, beside the folders that are taken."""
     folders = sub_folders(raw)
     files = (path for path in sorted(raw.iterdir()) if is_media(path) and not path.name.startswith("."))
-    return [*(path for path in folders if path not in taken and _holds_media(path)),
+    return [*(path for path in folders if path not in taken and _holds_media(path, raw)),
             *(path for path in files if path not in folders)]
 
 
-def _holds_media(folder: Path) -> bool:
-    return any(map(is_media, all_files(folder, folder, [])))
+def _holds_media(folder: Path, raw: Path) -> bool:
+    return any(map(is_media, all_files(folder, raw, [])))
+
+
+def _holds_media_itself(folder: Path, raw: Path) -> bool:
+    return _holds_media(folder, raw) and not any(_holds_media(path, raw) for path in sub_folders(folder))

@@ -31,8 +31,8 @@ def find(raw: Path, split: str) -> Listing:
                           f"{split}.csv (label,youtube_id,time_start,time_end,split) there, or use --dataset folder")
     problems: list[Skipped] = []
     rows = _rows(raw, split, problems)
-    labels_of = {split: rows, **{other: _rows(raw, other, []) for other in splits(raw) if other != split}}
-    classes = sorted({label for entries in labels_of.values() for row, _ in entries if (label := _label(row))})
+    others = (_labels(raw, other) for other in splits(raw) if other != split)
+    classes = sorted({_label(row) for row, _ in rows}.union(*others) - {""})
     index = {name: position for position, name in enumerate(classes)}
     files = by_stem(all_files(raw, raw, problems))
     listing = Listing(classes, skipped=problems)
@@ -51,6 +51,13 @@ def find(raw: Path, split: str) -> Listing:
 
 def _label(row: Row) -> str:
     return row.values.get("label", "")
+
+
+def _labels(raw: Path, split: str) -> set[str]:
+    try:
+        return {_label(row) for row, _ in _rows(raw, split, [])}
+    except AvprepError:  # no table of ours, which is said when this split is built
+        return set()
 
 
 def _rows(raw: Path, split: str, problems: list[Skipped]) -> list[tuple[Row, tuple[float, float]]]:

@@ -20,8 +20,14 @@ class Row:
     """One row of a table: its values by column, without blanks around them, and where it stands."""
 
     values: dict[str, str]
-    place: str
+    table: str
+    line: int
     text: str
+
+    @property
+    def place(self) -> str:
+        """Where it stands, such as 'train.csv line 3'."""
+        return f"{self.table} line {self.line}"
 
     def skipped(self, reason: str) -> Skipped:
         """The row as a line of the account."""
@@ -58,7 +64,7 @@ def read_rows(path: Path, columns: Sequence[str], problems: list[Skipped]) -> li
 
 def read_lines(path: Path) -> list[Row]:
     """The lines of a text file that are not blank, each as a row without values."""
-    return [Row({}, f"{printable(path.name)} line {number}", line.strip())
+    return [Row({}, printable(path.name), number, line.strip())
             for number, line in enumerate(_lines(path), 1) if line.strip()]
 
 
@@ -84,39 +90,42 @@ def _records(path: Path, lines: Sequence[str], width: int | None) -> Iterator[tu
     """
     at = 0
     while at < len(lines):
-        count = _lines_of_record(lines[at : at + _LONGEST_RECORD_LINES], width)
-        record, number, at = lines[at : at + count], at + 1, at + count
-        if "".join(record).strip():
-            values = _values(record)
+        count = 1
+        if lines[at].count('"') % 2:
+            count = _lines_of_record(lines[at : at + _LONGEST_RECORD_LINES], width)
+        text, number, at = "".join(lines[at : at + count]), at + 1, at + count
+        if not text.isspace():
+            values = _values(text)
             width = width if width is not None or values is None else len(values)
-            yield number, "".join(record).strip(), values
+            yield number, text, values
 
 
 def _lines_of_record(lines: Sequence[str], width: int | None) -> int:
+    """How many lines there are to the closing quote; 1 if there is none, or they don't make a record of this width."""
     quotes = 0
     for count, line in enumerate(lines, 1):
         quotes += line.count('"')
         if quotes % 2 == 0:
-            values = _values(lines[:count])
-            return count if count == 1 or (values is not None and len(values) == width) else 1
+            values = _values("".join(lines[:count]))
+            return count if values is not None and len(values) == width else 1
     return 1
 
 
-def _values(lines: Sequence[str]) -> list[str] | None:
+def _values(text: str) -> list[str] | None:
     try:
-        return next(csv.reader(lines, skipinitialspace=True), None)
+        return next(csv.reader((text,), skipinitialspace=True), None)
     except csv.Error:
         return None
 
 
 def _rows(path: Path, records: Iterator[tuple[int, str, list[str] | None]], columns: Sequence[str],
           needed: Sequence[str], problems: list[Skipped]) -> Iterator[Row]:
+    name = printable(path.name)
     for number, text, values in records:
-        row = Row(dict(zip(columns, (value.strip() for value in values or []), strict=False)),
-                  f"{printable(path.name)} line {number}", text)
-        too_many = any(values[len(columns):]) if values else False  # a comma at the end of a row does no harm
+        row = Row(dict(zip(columns, map(str.strip, values or ()), strict=False)), name, number, text.strip())
+        too_many = values is not None and any(values[len(columns):])  # a comma at the end of a row does no harm
         if (len(row.values) < len(columns) or too_many or not row.values[needed[0]]
-                or not all(_is_text(row.values[name]) for name in needed)):
+                or not (text.isascii() or all(_is_text(row.values[column]) for column in needed))):
             problems.append(row.skipped(UNUSABLE_ROW))
         else:
             yield row
