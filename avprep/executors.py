@@ -7,7 +7,7 @@ tasks a worker are under way or waiting to be taken, so memory does not grow wit
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ _UNDER_WAY_PER_WORKER = 4
 
 
 def _in_order(submit: Callable[[Task], Handle], take: Callable[[Handle], Result], tasks: Iterable[Task],
-              most: int) -> Iterator[Result]:
+              most: int) -> Generator[Result, None, None]:
     under_way: deque[Handle] = deque()
     for task in tasks:
         under_way.append(submit(task))
@@ -30,7 +30,8 @@ def _in_order(submit: Callable[[Task], Handle], take: Callable[[Handle], Result]
         yield take(under_way.popleft())
 
 
-def run_local(do: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+def run_local(do: Callable[[Task], Result], tasks: Iterable[Task],
+              workers: int) -> Generator[Result, None, None]:
     """Threads of this process: the work is ffmpeg's, a process of its own for each clip, and numpy's."""
     pool = ThreadPoolExecutor(workers)
     try:
@@ -40,7 +41,8 @@ def run_local(do: Callable[[Task], Result], tasks: Iterable[Task], workers: int)
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def run_ray(do: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+def run_ray(do: Callable[[Task], Result], tasks: Iterable[Task],
+            workers: int) -> Generator[Result, None, None]:
     """A Ray cluster (RAY_ADDRESS, or one started here); the raw files must be on a file system that all nodes share.
 
     Raises:

@@ -126,9 +126,11 @@ def _ask(process: subprocess.Popen[bytes], text: str | None, timeout_s: float) -
             process.stdin.write(text.encode() + b"\n")
         except BrokenPipeError:
             return None
+    poller = select.poll()
+    poller.register(process.stdout, select.POLLIN)
     answer = b""
     while not answer.endswith(b"\n"):
-        if not select.select([process.stdout], [], [], timeout_s)[0]:
+        if not poller.poll(1000 * timeout_s):
             raise TimeoutError
         part = os.read(process.stdout.fileno(), 1 << 16)
         if not part:

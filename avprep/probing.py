@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,8 @@ def _read_all(sources: list[Source], cache: ProbeCache, workers: int) -> dict[Pa
     unknown = [source for source in sources if source.path not in found]
     workers = min(workers, 1 + len(unknown) // _FILES_A_READER)
     fresh: list[tuple[Source, Media]] = []
-    with HeaderReaders(workers) as readers:
-        results = run_local(readers.read, (source.path for source in unknown), workers)
+    paths = (source.path for source in unknown)
+    with HeaderReaders(workers) as readers, closing(run_local(readers.read, paths, workers)) as results:
         try:
             for source, result in zip(unknown, progress(results, "probe", "file", len(unknown)), strict=True):
                 found[source.path] = result

@@ -98,7 +98,8 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 def sub_folders(folder: Path) -> list[Path]:
     """The folders in a folder, in sorted order, less those that `all_files` passes over."""
-    return sorted(path for path in folder.iterdir() if not is_passed_over(path.name) and path.is_dir())
+    with os.scandir(folder) as entries:
+        return sorted(Path(entry.path) for entry in entries if not is_passed_over(entry.name) and _is_folder(entry))
 
 
 def by_stem(paths: Iterable[Path]) -> dict[str, list[Path]]:

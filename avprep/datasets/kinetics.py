@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from avprep.datasets.files import all_files, by_stem
@@ -76,8 +77,8 @@ def _rows(raw: Path, split: str, problems: list[Skipped]) -> list[tuple[Row, tup
 
 def _csv(raw: Path, split: str) -> Path | None:
     """The split's table: train.csv, or for example kinetics700_train.csv or kinetics-700_val.csv, in any case."""
-    tables = [path for folder in (raw, raw / "annotations") if folder.is_dir() for path in sorted(folder.iterdir())
-              if path.suffix.lower() == ".csv"]
+    tables = [folder / name for folder in (raw, raw / "annotations") if folder.is_dir()
+              for name in sorted(os.listdir(folder)) if name.lower().endswith(".csv")]
     names = _OTHER_NAMES[split]
     exact = [path for path in tables for name in names if path.stem.lower() == name]
     longer = [path for path in tables for name in names if path.stem.lower().endswith((f"_{name}", f"-{name}"))]

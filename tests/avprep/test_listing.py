@@ -109,7 +109,7 @@ def test_kinetics_takes_the_best_of_several_files(put, build, short_video, short
     put(KINETICS + "".join(f"a,{letter * 11},0,4,train\n" for letter in "ABCDEF"), "train.csv")
     put("broken", "train/AAAAAAAAAAA_000000_000004.mp4")
     put(short_video, "AAAAAAAAAAA.mkv")  # the whole video in place of its broken clip
-    put(short_video, "train/BBBBBBBBBBB.mp4", "replacement_for_corrupted/BBBBBBBBBBB_000000_000004.mp4")
+    put(short_video, "a/BBBBBBBBBBB_000000_000004.mp4", "replacement_for_corrupted/BBBBBBBBBBB_000000_000004.mp4")
     put(silent_video, "CCCCCCCCCCC.f137.mp4")  # what a download tool leaves
     put(short_sound, "CCCCCCCCCCC.f140.wav", "DDDDDDDDDDD.wav", "FFFFFFFFFFF.wav")
     put("WEBVTT", "CCCCCCCCCCC.en.vtt", "CCCCCCCCCCC.jpg", "CCCCCCCCCCC.mp4.part")
@@ -121,7 +121,7 @@ def test_kinetics_takes_the_best_of_several_files(put, build, short_video, short
                                     "CCCCCCCCCCC.f137.mp4", "DDDDDDDDDDD.wav", "1/FFFFFFFFFFF.mp4"}
     assert {line["path"]: line["detail"] for line in built.skipped} == {
         "train/AAAAAAAAAAA_000000_000004.mp4": "AAAAAAAAAAA.mkv was taken; this one: not a readable media file",
-        "train/BBBBBBBBBBB.mp4": "replacement_for_corrupted/BBBBBBBBBBB_000000_000004.mp4 was taken",
+        "a/BBBBBBBBBBB_000000_000004.mp4": "replacement_for_corrupted/BBBBBBBBBBB_000000_000004.mp4 was taken",
         "CCCCCCCCCCC.f140.wav": "CCCCCCCCCCC.f137.mp4 was taken",
         "EEEEEEEEEEE.webm": "EEEEEEEEEEE.mp4 was taken; this one: not a readable media file",
         "0/FFFFFFFFFFF.mp4": "1/FFFFFFFFFFF.mp4 was taken", "FFFFFFFFFFF.wav": "1/FFFFFFFFFFF.mp4 was taken"}
