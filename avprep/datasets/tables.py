@@ -51,7 +51,8 @@ def read_csv(path: Path, columns: Sequence[str], problems: list[Skipped], more: 
     found = [name.strip() for name in header or []]
     missing = [name for name in columns if name not in found]
     if missing:
-        there = printable(", ".join(found))[:_LONGEST_TEXT]
+        there = "".join(letter if letter.isprintable() else "?" for letter in printable(", ".join(found)))
+        there = there[:_LONGEST_TEXT]
         raise AvprepError(f"{path}: no column {', '.join(missing)} (found: {there})")
     return list(_rows(path, records, found, [*columns, *(name for name in more if name in found)], problems))
 

@@ -139,7 +139,7 @@ def test_a_file_that_one_row_takes_is_not_left_by_another(put, build, short_vide
 
 def test_audioset_takes_the_video_and_the_file_of_the_right_moment(put, build, short_video, short_sound):
     put(AUDIOSET_CLASSES, "class_labels_indices.csv")
-    put('# x\n-AAAAAAAAAA, 30.0, 40.0, "/m/1"\nEEEEEEEEEEE, 30.0, 40.0, "/m/2"\nEEEEEEEEEEE, 70.0, 80.0, "/m/1"\n',
+    put('# x\n-AAAAAAAAAA, 30.0, 40.0, "/m/1"\nEEEEEEEEEEE, 30.0, 40.0, "/m/2,/m/2"\nEEEEEEEEEEE, 70.0, 80.0, "/m/1"\n',
         "eval_segments.csv")
     put(short_sound, "audio/-AAAAAAAAAA.wav", "EEEEEEEEEEE_70000_80000.wav")
     put(short_video, "video/Y-AAAAAAAAAA.mp4", "EEEEEEEEEEE_30.000_40.000.mp4")
@@ -147,6 +147,7 @@ def test_audioset_takes_the_video_and_the_file_of_the_right_moment(put, build, s
     assert {name: info["labels"] for name, info in built.by_source.items()} == {
         "video/Y-AAAAAAAAAA.mp4": [0], "EEEEEEEEEEE_30.000_40.000.mp4": [1], "EEEEEEEEEEE_70000_80000.wav": [0]}
     assert [line["path"] for line in built.skipped] == ["audio/-AAAAAAAAAA.wav"]
+    assert built.counts["clips_per_class"] == [2, 1]  # a label that stands twice counts once
 
 
 def test_ucf101_and_charades_find_copies_with_another_ending(put, build, short_video):
