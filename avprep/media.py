@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import shutil
 import subprocess
@@ -28,8 +29,9 @@ _PROBE_TIMEOUT_S = 30.0
 _MISSING_SHARE, _MISSING_S = 0.1, 0.5
 # A length in the headers that is this near to that of the packets is the better one: packets of sound overhang.
 _SAME_LENGTH_S = 0.1
-# Time stamps that jump by more than this, backwards or (where the format allows for it) ahead, are a new clock's.
-_CLOCK_BACK_S, _CLOCK_AHEAD_S = 0.1, 10.0
+# Time stamps that jump back by more than this, or (where the format allows for it) ahead of all streams, are a new
+# clock's. Where there is one, packets of the old and the new clock come mixed: then a second ahead is a jump too.
+_CLOCK_BACK_S, _CLOCK_AHEAD_S, _CLOCK_NEW_S = 0.1, 10.0, 1.0
 # libav's flags of a format: positions are found by reading from the start; the clock may begin anew.
 _GENERIC_INDEX, _CLOCK_MAY_JUMP = 0x100, 0x200
 # Decoding begins this much before a window: the first packets after a seek often can't be decoded whole.
@@ -185,8 +187,9 @@ def _count_packets(container: av.container.InputContainer, streams: list[av.stre
             decode_s = float(stamp * packet.time_base)
             show_s = float((packet.pts if packet.pts is not None else stamp) * packet.time_base)
         start_s = decode_s if start_s is None else start_s
+        ahead_s = _CLOCK_NEW_S if counted.restarts else _CLOCK_AHEAD_S
         if before_s is not None and (decode_s < before_s - _CLOCK_BACK_S
-                                     or (may_jump and decode_s > before_s + _CLOCK_AHEAD_S)):
+                                     or (may_jump and decode_s > max(last_s.values()) + ahead_s)):
             counted.restarts = True
             start_s -= before_s - decode_s  # all that is later counts from the new clock
             last_s = {index: end_s - (before_s - decode_s) for index, end_s in last_s.items()}
@@ -205,7 +208,7 @@ class Cut:
 
     Attributes:
         mp4: H.264 without sound; None without pictures.
-        picture_starts_s: when its first picture comes; before that, it is held. 0 without pictures.
+        picture_starts_s: when its first picture comes; before that, it is held. Infinite without pictures.
         sound: None without sound.
     """
 
@@ -303,12 +306,15 @@ def _cut_from(window: _Window, seek_s: float) -> Cut:
         # NUT keeps the time stamps, which tell where in the clip each piece belongs.
         outputs.append(ffmpeg.output(mixed.filter("aresample", spec.sample_rate_hz), "pipe:1", format="nut",
                                      acodec="pcm_f32le"))
+    # A stream that pauses is not to be taken for a new clock: whether there is one is known.
+    jump_s = _CLOCK_NEW_S if media.clock_restarts else 1e6
     command = ffmpeg.merge_outputs(*outputs).global_args(
-        "-nostdin", "-loglevel", "error", "-filter_complex_threads", "1", "-max_error_rate", "0")
+        "-nostdin", "-dts_delta_threshold", f"{jump_s:g}", "-loglevel", "error",
+        "-filter_complex_threads", "1", "-max_error_rate", "0")
     try:
         stdout = _run(command.compile(cmd=ffmpeg_path(), overwrite_output=True), window.timeout_s)
         mp4 = scratch.read_bytes() if media.video_index is not None else None
-        picture_starts_s = _first_time_s(first_picture) if media.video_index is not None else 0.0
+        picture_starts_s = _first_time_s(first_picture) if media.video_index is not None else math.inf
     finally:
         scratch.unlink(missing_ok=True)
         first_picture.unlink(missing_ok=True)
@@ -322,14 +328,14 @@ def _cut_from(window: _Window, seek_s: float) -> Cut:
 
 
 def _first_time_s(framecrc: Path) -> float:
-    """The time stamp of the first line that ffmpeg's framecrc lists; 0 if it lists none."""
+    """The time stamp of the first line that ffmpeg's framecrc lists; infinite if it lists none."""
     time_base = Fraction(1)
     for line in framecrc.read_text(encoding="utf-8").splitlines():
         if line.startswith("#tb 0:"):
             time_base = Fraction(line.split()[-1])
         elif not line.startswith("#"):
             return float(int(line.split(",")[2]) * time_base)
-    return 0.0
+    return math.inf
 
 
 def _pieces(nut: bytes) -> Iterator[tuple[int, NDArray[np.float32]]]:
