@@ -12,8 +12,9 @@ import av
 import numpy as np
 
 from avprep.datasets.source import Source
+from avprep.errors import Reason, SourceFailed
 from avprep.logmel import log_mel
-from avprep.media import Media, check_length, cut_clip
+from avprep.media import FILLED_S, Cut, Media, check_length, cut_clip
 from avprep.spec import ClipSpec
 
 
@@ -74,17 +75,19 @@ def make_clip(window: Window, spec: ClipSpec, dataset: str, split: str, scratch:
     Raises:
         SourceFailed: the file could not be decoded as far as it promised.
     """
-    path, media = window.source.path, window.media
-    mp4, waveform = cut_clip(path, media, window.start_s, window.length_s, spec, scratch, timeout_s)
+    cut = cut_clip(window.source.path, window.media, window.start_s, window.length_s, spec, scratch, timeout_s)
+    mp4, sound = cut.mp4, cut.sound
     frames, width, height = _count_frames(mp4) if mp4 else (0, 0, 0)
-    sound_s = len(waveform) / spec.sample_rate_hz if waveform is not None else 0.0
+    sound_s = len(sound.waveform) / spec.sample_rate_hz if sound else 0.0
     check_length(frames / spec.fps, sound_s, window.length_s)
     members: dict[str, bytes] = {}
     if mp4 and frames:
         members["mp4"] = mp4
     mel_frames = 0
-    if waveform is not None:
-        spectrogram = log_mel(waveform, spec).astype(np.float16)
+    if sound:
+        spectrogram = log_mel(sound.waveform, spec).astype(np.float16)
+        if not np.isfinite(spectrogram).all():
+            raise SourceFailed("decode", Reason.NOT_FINITE, "its sound is too loud for a log-mel")
         mel_frames = spectrogram.shape[1]
         members["logmel.npy"] = _npy(spectrogram)
     info: dict[str, Any] = {
@@ -93,11 +96,23 @@ def make_clip(window: Window, spec: ClipSpec, dataset: str, split: str, scratch:
         "end_s": round(window.start_s + max(frames / spec.fps, sound_s), 4),
         "frames": frames, "width": width, "height": height, "sound_s": round(sound_s, 4), "mel_frames": mel_frames,
         "missing": [name for name, there in (("picture", frames), ("sound", mel_frames)) if not there],
+        "marks": _marks(window, cut, frames, spec),
         "spec": spec.to_json()}
     if window.source.label_times_s is not None:
         info |= _labels_inside(window.source.labels, window.source.label_times_s, info["start_s"], info["end_s"])
     members["json"] = json.dumps(info, ensure_ascii=False, sort_keys=True).encode()
     return Clip(window.key, members, info)
+
+
+def _marks(window: Window, cut: Cut, frames: int, spec: ClipSpec) -> list[str]:
+    """What is odd about a clip that is right all the same; shards/README.md lists the words."""
+    sound = cut.sound
+    found = {"silent": sound is not None and sound.silent,
+             "cancels": sound is not None and sound.cancels,
+             "hdr": frames > 0 and window.media.hdr,
+             "held_frames": frames > 0 and cut.picture_starts_s * spec.fps >= 1,
+             "filled_silence": sound is not None and sound.filled_s > FILLED_S}
+    return [mark for mark, holds in found.items() if holds]
 
 
 def _labels_inside(labels: tuple[int, ...], times_s: tuple[tuple[tuple[float, float], ...], ...], start_s: float,

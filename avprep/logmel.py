@@ -43,7 +43,8 @@ def log_mel(waveform: NDArray[np.float32], spec: ClipSpec) -> NDArray[np.float32
     a segment's edge sees the real neighbouring samples), power 2.
 
     Args:
-        waveform: (samples,) float32 at `spec.sample_rate_hz`, at least one sample.
+        waveform: (samples,) float32 at `spec.sample_rate_hz`, at least one sample, all finite. Samples over 1, which
+            float files and AAC may have, are taken as they are.
         spec: the clip's settings.
 
     Returns:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import math
 import os
+import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,13 +20,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avprep.errors import AvprepError, Reason, SourceFailed
+from avprep.sound import Sound, on_time_line
 from avprep.spec import REFERENCE_STEP, ClipSpec
 
 # Files come from strangers: no network or device behind a playlist, no picture that eats the memory.
 _SAFE_INPUT = {"protocol_whitelist": "file", "max_pixels": 8192 * 8192}
 _PROBE_TIMEOUT_S = 30.0
-# A clip that lacks more than this of what the container promised was cut off in download.
+# What lacks more than this of what was promised was cut off in download.
 _MISSING_SHARE, _MISSING_S = 0.1, 0.5
+# A length in the headers that is this near to that of the packets is the better one: packets of sound overhang.
+_SAME_LENGTH_S = 0.1
+# Time stamps that jump back by more than this, or (where the format allows for it) ahead of all streams, are a new
+# clock's. Where there is one, packets of the old and the new clock come mixed: then a second ahead is a jump too.
+_CLOCK_BACK_S, _CLOCK_AHEAD_S, _CLOCK_NEW_S = 0.1, 10.0, 1.0
+# libav's flags of a format: positions are found by reading from the start; the clock may begin anew.
+_GENERIC_INDEX, _CLOCK_MAY_JUMP = 0x100, 0x200
+# Decoding begins this much before a window: the first packets after a seek often can't be decoded whole.
+_LEAD_S = 1.0
+# Silence of more than this is worth a word.
+FILLED_S = 0.1
+# The mean of as many channels as there are ("<" divides by the sum of those that are), and beside it another weighting,
+# in which sound of opposite phase does not cancel.
+_MOST_CHANNELS = 64
+_MIXES = "stereo|" + "|".join(
+    f"c{number}<" + "+".join(f"{gain**channel:.6g}*c{channel}" for channel in range(_MOST_CHANNELS))
+    for number, gain in enumerate((1.0, 0.8)))
+_HDR_TRANSFERS = frozenset({16, 18})  # PQ (SMPTE 2084) and HLG (ARIB B67), as ITU-T H.273 numbers them
 
 
 @dataclass(frozen=True)
@@ -33,12 +57,24 @@ class Media:
         video_index: the best video stream, as its number in the file; None without pictures.
         audio_index: the sound that goes with it; None without sound.
         bits_per_s: of the whole file; 0 where unknown.
+        promised_s: the length that the container states; None where it states none.
+        broken_off: the container states more than came, and not as an estimate: the file was cut off in download.
+        clock_restarts: its time stamps begin anew in the middle, so that one time names two places.
+        picture_starts_s: when the first picture comes, from the file's first instant.
+        frames_per_s: pictures for each second, counted; 0 without pictures.
+        hdr: pictures of high dynamic range (PQ or HLG).
     """
 
     length_s: float
     video_index: int | None
     audio_index: int | None
     bits_per_s: int
+    promised_s: float | None = None
+    broken_off: bool = False
+    clock_restarts: bool = False
+    picture_starts_s: float = 0.0
+    frames_per_s: float = 0.0
+    hdr: bool = False
 
 
 @lru_cache(maxsize=1)
@@ -66,7 +102,7 @@ def ffmpeg_version() -> str:
 
 
 def probe(path: Path) -> Media:
-    """Read a file's headers.
+    """Read a file's headers, and on to its last packet, decoding nothing: headers' lengths are not trusted.
 
     Raises:
         SourceFailed: empty, unreadable, without a stream, or of no length.
@@ -77,13 +113,19 @@ def probe(path: Path) -> Media:
         with av.open(str(path), timeout=_PROBE_TIMEOUT_S, options={"protocol_whitelist": "file"}) as container:
             video = _best_video(container)
             audio = container.streams.best("audio", related=video)
-            if video is None and audio is None:
+            streams = [stream for stream in (video, audio) if stream is not None]
+            if not streams:
                 raise SourceFailed("probe", Reason.NO_STREAMS)
-            length_s = _length_s(container, [stream for stream in (video, audio) if stream is not None])
-            if length_s is None:
-                length_s = _length_by_packets_s(container)
+            promised_s = _promised_s(container, streams)
+            counted = _count_packets(container, streams)
+            length_s = promised_s
+            if length_s is None or abs(counted.length_s - length_s) > _SAME_LENGTH_S:
+                length_s = counted.length_s
             media = Media(length_s, video.index if video else None, audio.index if audio else None,
-                          container.bit_rate or 0)
+                          container.bit_rate or 0, promised_s, _is_broken_off(container, promised_s, length_s),
+                          counted.restarts, counted.picture_starts_s or 0.0,
+                          counted.frames / length_s if length_s > 0 else 0.0,
+                          video is not None and video.codec_context.color_trc in _HDR_TRANSFERS)
     except av.error.FFmpegError as error:
         reason = Reason.TIMEOUT if isinstance(error, av.error.ExitError) else Reason.UNREADABLE
         raise SourceFailed("probe", reason, error.strerror or "") from error
@@ -101,7 +143,7 @@ def _best_video(container: av.container.InputContainer) -> av.video.stream.Video
     return best
 
 
-def _length_s(container: av.container.InputContainer, streams: list[av.stream.Stream]) -> float | None:
+def _promised_s(container: av.container.InputContainer, streams: list[av.stream.Stream]) -> float | None:
     start_s = (container.start_time or 0) / av.time_base
     ends_s = [float(((stream.start_time or 0) + stream.duration) * stream.time_base) - start_s
               for stream in streams if stream.duration is not None and stream.time_base is not None]
@@ -110,21 +152,81 @@ def _length_s(container: av.container.InputContainer, streams: list[av.stream.St
     return container.duration / av.time_base if container.duration is not None else None
 
 
-def _length_by_packets_s(container: av.container.InputContainer) -> float:
-    """For containers that don't state a duration (live recordings): read on to the last packet, decoding nothing."""
-    start_s, end_s = (container.start_time or 0) / av.time_base, 0.0
-    for packet in container.demux():
-        if packet.pts is not None and packet.time_base is not None:
-            end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-    return end_s - start_s
+def _is_broken_off(container: av.container.InputContainer, promised_s: float | None, length_s: float) -> bool:
+    """Whether less came than a header promised that knew. Not one: a length guessed from the first packets' bit rate
+    (bare mp3, AAC and the like), and an mp4's, all of whose packets its tables list."""
+    if promised_s is None or container.format.flags & _GENERIC_INDEX or "mp4" in container.format.name.split(","):
+        return False
+    return promised_s - length_s > max(_MISSING_S, _MISSING_SHARE * promised_s)
+
+
+@dataclass
+class _Counted:
+    length_s: float = 0.0
+    picture_starts_s: float | None = None
+    frames: int = 0
+    restarts: bool = False
+
+
+def _count_packets(container: av.container.InputContainer, streams: list[av.stream.Stream]) -> _Counted:
+    """The length by the chosen streams' packets. Where the clock jumps back, or far ahead in a format whose clock may
+    (as a joined transport stream's), time goes on from there, as ffmpeg has it."""
+    counted = _Counted()
+    may_jump = bool(container.format.flags & _CLOCK_MAY_JUMP)
+    start_s = None if container.start_time is None else container.start_time / av.time_base
+    last_s: dict[int, float] = {}  # the end of each stream so far, by its own clock
+    for packet in container.demux(streams):
+        if packet.size == 0 or packet.time_base is None:
+            continue
+        stamp, duration_s = packet.dts if packet.dts is not None else packet.pts, 0.0
+        if packet.duration:
+            duration_s = float(packet.duration * packet.time_base)
+        before_s = last_s.get(packet.stream_index)
+        if stamp is None:  # bare streams count nothing but durations
+            decode_s = show_s = before_s if before_s is not None else start_s or 0.0
+        else:
+            decode_s = float(stamp * packet.time_base)
+            show_s = float((packet.pts if packet.pts is not None else stamp) * packet.time_base)
+        start_s = decode_s if start_s is None else start_s
+        ahead_s = _CLOCK_NEW_S if counted.restarts else _CLOCK_AHEAD_S
+        if before_s is not None and (decode_s < before_s - _CLOCK_BACK_S
+                                     or (may_jump and decode_s > max(last_s.values()) + ahead_s)):
+            counted.restarts = True
+            start_s -= before_s - decode_s  # all that is later counts from the new clock
+            last_s = {index: end_s - (before_s - decode_s) for index, end_s in last_s.items()}
+        last_s[packet.stream_index] = decode_s + duration_s
+        counted.length_s = max(counted.length_s, show_s + duration_s - start_s)
+        if packet.stream.type == "video":
+            counted.frames += 1
+            if counted.picture_starts_s is None:  # keyframe first: no picture is shown before it
+                counted.picture_starts_s = show_s - start_s
+    return counted
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What was decoded of one window of a file.
+
+    Attributes:
+        mp4: H.264 without sound; None without pictures.
+        picture_starts_s: when its first picture comes; before that, it is held. Infinite without pictures.
+        sound: None without sound.
+    """
+
+    mp4: bytes | None
+    picture_starts_s: float
+    sound: Sound | None
 
 
 def cut_clip(path: Path, media: Media, start_s: float, length_s: float, spec: ClipSpec, scratch: Path,
-             timeout_s: float) -> tuple[bytes | None, NDArray[np.float32] | None]:
+             timeout_s: float) -> Cut:
     """Decode, resample, scale and encode one window of a file: one ffmpeg process, one pass.
 
     Picture and sound are both cut at `start_s` of the file's common time line: the first frame is held, or silence
     put in, where one of the streams begins later.
+
+    Seeking is not trusted: it aims a second early, and if the window's first picture or sound then comes late, or what
+    was found can't be decoded, the file is decoded from its start.
 
     Args:
         path: the file.
@@ -132,36 +234,121 @@ def cut_clip(path: Path, media: Media, start_s: float, length_s: float, spec: Cl
         start_s: start of the window, seconds from the file's first instant.
         length_s: length of the window.
         spec: the clip's settings.
-        scratch: path of a temporary file that this call may write and removes.
+        scratch: path of a temporary file; this call may write it and others beside it, and removes them.
         timeout_s: ffmpeg is stopped after this.
 
-    Returns:
-        (mp4 bytes or None without pictures, mono waveform (samples,) float32 in [-1, 1] or None without sound)
-
     Raises:
-        SourceFailed: ffmpeg met an error, ran out of time or was killed.
+        SourceFailed: ffmpeg met an error, ran out of time or was killed, or the sound has values that are not finite.
     """
-    seek = {"ss": f"{start_s:.6f}"} if start_s > 0 else {}
-    source = ffmpeg.input(f"file:{_as_text(path.absolute())}", t=f"{length_s:.6f}", threads=1, **seek, **_SAFE_INPUT)
+    window = _Window(path, media, start_s, length_s, spec, scratch, timeout_s)
+    seek_s = start_s - _LEAD_S
+    if seek_s > 0 and not media.clock_restarts:
+        try:
+            cut = _cut_from(window, seek_s)
+        except SourceFailed as failure:
+            if failure.reason is not Reason.CORRUPT:
+                raise
+        else:
+            if not _is_late(cut, window):
+                return cut
+    return _cut_from(window, 0.0)
+
+
+@dataclass(frozen=True)
+class _Window:
+    path: Path
+    media: Media
+    start_s: float
+    length_s: float
+    spec: ClipSpec
+    scratch: Path
+    timeout_s: float
+
+
+def _picture_step_s(window: _Window) -> float:
+    """From one picture to the next, in the file or in the clip, at most a second."""
+    return 1 / min(window.spec.fps, max(1.0, window.media.frames_per_s))
+
+
+def _is_late(cut: Cut, window: _Window) -> bool:
+    """Whether the first picture or sound comes later than the stream's own steps explain."""
+    picture_late = window.media.video_index is not None and cut.picture_starts_s > 1.01 * _picture_step_s(window)
+    sound_late = window.media.audio_index is not None and (cut.sound is None or cut.sound.starts_s > FILLED_S)
+    return picture_late or sound_late
+
+
+def _cut_from(window: _Window, seek_s: float) -> Cut:
+    """Cut a window out of the file, decoding from about `seek_s` on."""
+    media, spec, scratch = window.media, window.spec, window.scratch
+    first_picture = scratch.with_suffix(".first")
+    skip_s = window.start_s - seek_s  # from where decoding begins to the window
+    seek = {"ss": f"{seek_s:.6f}"} if seek_s > 0 else {}
+    source = ffmpeg.input(f"file:{_as_text(window.path.absolute())}", t=f"{skip_s + window.length_s:.6f}", threads=1,
+                          **seek, **_SAFE_INPUT)
     outputs = []
     if media.video_index is not None:
-        pictures = _scaled(source[str(media.video_index)].filter("fps", fps=spec.fps, start_time=0), spec)
-        outputs.append(ffmpeg.output(pictures, _as_text(scratch), **_h264(spec)))
+        pictures = source[str(media.video_index)]
+        if skip_s > 0:
+            pictures = pictures.filter("trim", start=f"{skip_s:.6f}").filter("setpts", f"PTS-{skip_s:.6f}/TB")
+        shown = pictures.filter_multi_output("split")
+        # The first picture is held from 0 on. Not by `start_time` of fps: where a stream changes its parameters, ffmpeg
+        # makes its filters anew, and they would begin at 0 again; then the constant rate fills up.
+        latest_s = max(0.0, media.picture_starts_s - window.start_s) + 2 * _picture_step_s(window)
+        held = shown[0].filter("setpts", f"if(eq(N,0)*lt(T,{latest_s:.6f}),0,PTS)").filter("fps", fps=spec.fps)
+        outputs.append(ffmpeg.output(_scaled(held, spec), _as_text(scratch), **_constant_rate(), **_h264(spec)))
+        outputs.append(ffmpeg.output(shown[1].filter("trim", end_frame=1), _as_text(first_picture), format="framecrc"))
+    lead_s = min(skip_s, _LEAD_S)
     if media.audio_index is not None:
-        # async=1 fills gaps and trims overlaps in the time stamps; it never stretches.
-        sound = source[str(media.audio_index)].filter("aresample", spec.sample_rate_hz, first_pts=0, **{"async": 1})
-        outputs.append(ffmpeg.output(sound, "pipe:1", format="f32le", acodec="pcm_f32le", ac=1, ar=spec.sample_rate_hz))
+        sound = source[str(media.audio_index)]
+        if skip_s > lead_s:
+            sound = sound.filter("atrim", start=f"{skip_s - lead_s:.6f}")
+            sound = sound.filter("asetpts", f"PTS-{skip_s - lead_s:.6f}/TB")
+        mixed = sound.filter("aformat", sample_fmts="fltp").filter("pan", _MIXES)
+        # NUT keeps the time stamps, which tell where in the clip each piece belongs.
+        outputs.append(ffmpeg.output(mixed.filter("aresample", spec.sample_rate_hz), "pipe:1", format="nut",
+                                     acodec="pcm_f32le"))
+    # A stream that pauses is not to be taken for a new clock: whether there is one is known.
+    jump_s = _CLOCK_NEW_S if media.clock_restarts else 1e6
     command = ffmpeg.merge_outputs(*outputs).global_args(
-        "-nostdin", "-loglevel", "error", "-filter_complex_threads", "1", "-max_error_rate", "0")
+        "-nostdin", "-dts_delta_threshold", f"{jump_s:g}", "-loglevel", "error",
+        "-filter_complex_threads", "1", "-max_error_rate", "0")
     try:
-        stdout = _run(command.compile(cmd=_as_text(Path(ffmpeg_path())), overwrite_output=True), timeout_s)
+        stdout = _run(command.compile(cmd=_as_text(Path(ffmpeg_path())), overwrite_output=True), window.timeout_s)
         mp4 = scratch.read_bytes() if media.video_index is not None else None
+        picture_starts_s = _first_time_s(first_picture) if media.video_index is not None else math.inf
     finally:
         scratch.unlink(missing_ok=True)
-    waveform = np.frombuffer(stdout, np.float32) if media.audio_index is not None else None
-    if waveform is not None:
-        waveform = waveform[: round(length_s * spec.sample_rate_hz)]
-    return mp4, waveform if waveform is not None and len(waveform) else None
+        first_picture.unlink(missing_ok=True)
+    if media.audio_index is None:
+        return Cut(mp4, picture_starts_s, None)
+    rate_hz = spec.sample_rate_hz
+    found = on_time_line(_pieces(stdout), round(lead_s * rate_hz), round(window.length_s * rate_hz), rate_hz)
+    if found is not None and not np.isfinite(found.waveform).all():
+        raise SourceFailed("decode", Reason.NOT_FINITE, f"{np.sum(~np.isfinite(found.waveform))} samples of its sound")
+    return Cut(mp4, picture_starts_s, found)
+
+
+def _first_time_s(framecrc: Path) -> float:
+    """The time stamp of the first line that ffmpeg's framecrc lists; infinite if it lists none."""
+    time_base = Fraction(1)
+    for line in framecrc.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#tb 0:"):
+            time_base = Fraction(line.split()[-1])
+        elif not line.startswith("#"):
+            return float(int(line.split(",")[2]) * time_base)
+    return math.inf
+
+
+def _pieces(nut: bytes) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """The packets of ffmpeg's own output: (sample number of the first, (samples, 2))."""
+    if not nut:
+        return
+    with av.open(io.BytesIO(nut), "r", format="nut") as container:
+        stream = container.streams.audio[0]
+        for packet in container.demux(stream):
+            if packet.size and packet.pts is not None and stream.time_base is not None:
+                yield (round(packet.pts * stream.time_base * stream.rate),
+                       np.frombuffer(bytes(packet), np.float32).reshape(-1, 2))
 
 
 def _scaled(pictures: ffmpeg.nodes.FilterableStream, spec: ClipSpec) -> ffmpeg.nodes.FilterableStream:
@@ -170,6 +357,12 @@ def _scaled(pictures: ffmpeg.nodes.FilterableStream, spec: ClipSpec) -> ffmpeg.n
     shrink = f"min(1,{spec.short_side}/min({wide},ih))"
     width, height = f"max(2,2*round({wide}*{shrink}/2))", f"max(2,2*round(ih*{shrink}/2))"
     return pictures.filter("scale", w=width, h=height, flags="bicubic").filter("setsar", 1)
+
+
+def _constant_rate() -> dict[str, str]:
+    """Frames at an even pace from the window's start on; by the option's name since ffmpeg 5.1, or the one before."""
+    old = re.match(r"n?([0-4]|5\.0)\.", ffmpeg_version())
+    return {"vsync" if old else "fps_mode": "cfr"}
 
 
 def _h264(spec: ClipSpec) -> dict[str, object]:

@@ -85,8 +85,9 @@ class ProbeCache:
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     name, state, media = json.loads(line)
-                    self._known[name] = (state, Media(**media))
-                except (ValueError, TypeError):  # the last line of a killed run
+                    if media.keys() == Media.__dataclass_fields__.keys():  # else another version wrote it
+                        self._known[name] = (state, Media(**media))
+                except (ValueError, TypeError, AttributeError):  # the last line of a killed run
                     continue
 
     def get(self, source: Source) -> Media | None:
