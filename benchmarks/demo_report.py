@@ -48,7 +48,8 @@ def one_seed(config: Config, shards: Path, folder: Path, table: dict[str, list[f
             continue
         label = name.replace("masked_top1_", "masked top-1 of 100: ").replace("_", " ")
         table[label].append(value)
-        chances[label] = figures[f"chance_{name}"]
+        if f"chance_{name}" in figures:  # not in runs of before it was recorded
+            chances[label] = figures[f"chance_{name}"]
     for modality in ("visual", "audio"):
         start = random_source(PRESET, [], seed)
         label = f"linear classifier, {modality} embeddings"

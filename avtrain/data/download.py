@@ -8,9 +8,11 @@ import json
 import os
 import random
 import re
+import signal
 import socket
 import ssl
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -29,6 +31,7 @@ FIRST_WAIT_S = 1.0     # before the second try; doubled before each further one
 LONGEST_WAIT_S = 60.0  # that a server's Retry-After is given
 STALL_S = 60.0         # without an answer, or with hardly a byte, until a connection is given up
 _LEAST_BYTES_PER_S = 100
+_POLL_S = 0.1  # while another process has the file
 _BLOCK_BYTES = 1 << 18
 _PASSING_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 _NO_SUCH_RANGE = 416
@@ -134,20 +137,49 @@ def _is_whole(path: Path, size: int) -> bool:
 @contextmanager
 def _alone(path: Path) -> Iterator[BinaryIO]:
     """The unfinished file, locked against other processes; gone afterwards. One that was killed left it: go on."""
-    while True:
-        file = path.open("a+b")
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                break
-        except FileNotFoundError:
-            pass
-        file.close()  # whoever had it finished or gave up, and it has no name any more
-    with file:
-        try:
-            yield file
-        finally:
+    file: BinaryIO | None = None
+    try:
+        while file is None:
+            with _undisturbed():
+                file = _locked(path)
+            if file is None:
+                time.sleep(_POLL_S)
+        yield file
+    finally:
+        if file is not None:
             path.unlink(missing_ok=True)
+            file.close()
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Requests to end wait until the block has ended: what it makes is then known, and can be removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is ever disturbed
+        return
+    asked: list[int] = []
+    before = {number: signal.signal(number, lambda number, frame: asked.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        if asked:
+            signal.raise_signal(asked[0])
+
+
+def _locked(path: Path) -> BinaryIO | None:
+    """The file, made if it is not there; None where another process has it, or had it until now."""
+    file = path.open("a+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    file.close()
+    return None
 
 
 def _complete(part: BinaryIO, address: str, size: int, sha256: str) -> None:

@@ -139,7 +139,8 @@ def test_what_goes_wrong_in_handing_over_is_said(monkeypatch):
             patch.setattr(handover, "ForkingPickler", SimpleNamespace(dumps=fails))
             with pytest.raises(AvtrainError, match=message) as caught:
                 _keys(_Made())
-        assert "\n" not in str(caught.value)
+        # Nor is a worker left while the error, and with it the loader, is held.
+        assert "\n" not in str(caught.value) and not multiprocessing.active_children()
 
 
 def test_faults_of_our_own_are_not_taken_for_a_lost_worker():
