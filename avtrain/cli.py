@@ -147,7 +147,7 @@ def pretrain(shards: tuple[str, ...], test_shards: tuple[str, ...], preset: str,
     """Pretrain a model from scratch on shards."""
     from avtrain.config import read_config
     from avtrain.pretrain import pretrain as run_pretraining
-    from avtrain.report import write_report
+    from avtrain.report import held_out_text, write_report
     from avtrain.runtime import choose_runtime
 
     config = read_config(preset, overrides)
@@ -164,18 +164,10 @@ def pretrain(shards: tuple[str, ...], test_shards: tuple[str, ...], preset: str,
     page, _ = write_report(out)
     click.echo(f"step {run.position.step} of {config.training.steps}: {run.last_checkpoint()}/model.safetensors, "
                f"{out}/metrics.jsonl, {page}")
-    _print_held_out(run.last_figures())
-
-
-def _print_held_out(figures: dict[str, float]) -> None:
-    """What the last evaluation found, beside chance."""
-    if "test_pair_accuracy" in figures:
-        click.echo(f"held-out pair accuracy {100 * figures['test_pair_accuracy']:.1f} % (chance 50 %)")
-    prefix = "test_masked_top1_"
-    for name, value in figures.items():
-        if name.startswith(prefix):
-            where = name.removeprefix(prefix).replace("_", " Transformer, ")
-            click.echo(f"held-out masked top-1 of 100 candidates, {where}: {100 * value:.1f} % (chance 1 %)")
+    if run.bad_steps:
+        click.echo(f"the losses of the last {run.bad_steps} steps were not finite; the checkpoint is from before them")
+    for line in held_out_text(run.last_figures()):
+        click.echo(line)
 
 
 def _split_of(location: str, split: str) -> str | None:

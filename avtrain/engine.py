@@ -67,6 +67,7 @@ class Run:
                  optimizer: torch.optim.Optimizer | None = None) -> None:
         self.folder, self.modules, self.config, self.generator = folder, modules, config, generator
         self.position = Position()
+        self.bad_steps = 0  # the last ones, in a row, that were not finite
         self._save_weights = save_weights
         self._optimizer = optimizer or torch.optim.AdamW(
             parameter_groups(modules, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.98), amsgrad=True)
@@ -79,14 +80,15 @@ class Run:
         """Train until the schedule's end, `max_steps`, or `max_time_s` of this call; evaluates and saves at the end.
 
         Raises:
-            AvtrainError: the loss was not finite ten times in a row; the last checkpoint is intact.
+            AvtrainError: the loss was not finite ten times in a row, or at the end, without a
+                checkpoint from before.
         """
         from torch.utils.tensorboard.writer import SummaryWriter  # seconds at first import
 
         if self.position.step == 0:
             self._metrics.unlink(missing_ok=True)  # of a run that was stopped before its first checkpoint
         end = min(self.config.steps, max_steps or self.config.steps)
-        started, bad_steps = time.monotonic(), 0
+        started, self.bad_steps = time.monotonic(), 0
         buffers = [buffer for module in self.modules.values() for buffer in module.buffers()]
         good_buffers = [buffer.clone() for buffer in buffers]
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
@@ -102,18 +104,16 @@ class Run:
                 norm = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm or math.inf)
                 if math.isfinite(figures["loss"]) and bool(torch.isfinite(norm)):
                     self._optimizer.step()
-                    bad_steps = 0
+                    self.bad_steps = 0
                     _copy(buffers, good_buffers)
                 else:
-                    bad_steps += 1
+                    self.bad_steps += 1
                     _copy(good_buffers, buffers)  # what is not finite has gone into BatchNorm's averages too
                     self.position.skipped_steps += 1
                 self._optimizer.zero_grad(set_to_none=True)
                 self.position.step += 1
-                if bad_steps == _MOST_BAD_STEPS:
-                    raise AvtrainError(f"step {self.position.step}: the loss was not finite {bad_steps} times in a "
-                                       f"row; the last good checkpoint is {self.last_checkpoint() or 'none yet'}. "
-                                       "Try a lower training.learning_rate, or --precision float32")
+                if self.bad_steps == _MOST_BAD_STEPS:
+                    raise self._diverged()
                 elapsed = time.monotonic() - began
                 figures |= {"learning_rate": rate, "gradient_norm": float(norm), "clips_per_s": clips / elapsed,
                             "waiting_share": waited_s / elapsed, "memory_mib": _memory_mib(),
@@ -124,10 +124,18 @@ class Run:
                 self._log(figures, writer)
                 bar.update()
                 bar.set_postfix(loss=f"{figures['loss']:.3f}", refresh=False)
-                if bad_steps == 0 and (last or self.position.step % self.config.save_every == 0):
+                if self.bad_steps == 0 and (last or self.position.step % self.config.save_every == 0):
                     self.save()
-            if bad_steps == 0 and self.last_checkpoint() != self._checkpoint_folder():
+            if self.bad_steps == 0 and self.last_checkpoint() != self._checkpoint_folder():
                 self.save()
+        if self.bad_steps and self.last_checkpoint() is None:
+            raise self._diverged()
+
+    def _diverged(self) -> AvtrainError:
+        return AvtrainError(f"step {self.position.step}: the loss was not finite {self.bad_steps} times in a row; the "
+                            f"last good checkpoint is {self.last_checkpoint() or 'none yet'}. Try a lower "
+                            "training.learning_rate (in a transfer: transfer.head_rate, transfer.backbone_rate), or "
+                            "--precision float32")
 
     def _supply(self, batches: Batches) -> Iterator[Any]:
         """All batches from the position on; moves the position as they are taken."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from avtrain.config import Config
-from avtrain.data.loader import ClipDataset, batches
+from avtrain.data.handover import in_flight_bytes
+from avtrain.data.loader import ClipDataset, batches, readable
 from avtrain.data.order import at_epoch, batches_of, epoch_order
 from avtrain.data.shards import ShardFolder
 from avtrain.models.avbert import AVBert
@@ -30,16 +31,24 @@ class HeldOut:
 
     def __init__(self, folder: ShardFolder, config: Config, runtime: Runtime) -> None:
         self._dataset = ClipDataset(folder, config.data, None)
-        self._workers, self._runtime = config.data.workers, runtime
+        self._workers, self._runtime, self._clips = config.data.workers, runtime, folder.clips
         order = epoch_order([shard.clips for shard in folder.shards], _SEED, 0, len(folder.shards))
         self._places = batches_of(order, config.training.batch_size // config.training.accumulate)
+
+    def in_flight_bytes(self) -> int:
+        """Shared memory that the workers' batches can take."""
+        return in_flight_bytes(self._dataset.batch_bytes(next(at_epoch(self._places, 0))), self._workers)
 
     @torch.no_grad()
     def figures(self, model: AVBert, objectives: Objectives) -> dict[str, float]:
         """Means over the held-out clips, each figure named test_*; the model is left in the mode it was in.
 
         `test_masked_top1_*`: how often the true embedding of a hidden segment scores highest among itself and 99 drawn
-        at random from all other held-out segments.
+        at random from all other held-out segments, or all of them where there are fewer.
+        `test_chance_*`: what each would be for a model that knows nothing.
+
+        Raises:
+            AvtrainError: more than 1 % of the clips can't be decoded.
         """
         was_training = model.training
         model.eval()
@@ -48,26 +57,26 @@ class HeldOut:
         sums: dict[str, float] = defaultdict(float)
         counts: dict[str, int] = defaultdict(int)
         passes: list[MaskedPass] = []
-        for batch in batches(self._dataset, at_epoch(self._places, 0), self._workers):
+        for batch in readable(batches(self._dataset, at_epoch(self._places, 0), self._workers), self._clips):
             with self._runtime.autocast():
                 embedded = model.embed(*batch.tensors(self._runtime.device))
                 result = objectives(model, embedded, generator)
                 passes.append(objectives.masked_pass(model, embedded, generator, wrong_pairs=False))
-            for name, value in {"loss": result.loss, **result.parts}.items():
+            for name, value in {"loss": result.loss, **result.figures()}.items():
                 sums[name] += float(value) * len(batch.keys)
                 counts[name] += len(batch.keys)
         figures = {f"test_{name}": sums[name] / counts[name] for name in sums}
         for predictor in objectives.predictors:
-            top1 = self._masked_top1(objectives, passes, predictor, generator)
-            if top1 is not None:
-                figures[f"test_masked_top1_{predictor}"] = top1
+            found = self._masked_top1(objectives, passes, predictor, generator)
+            if found is not None:
+                figures[f"test_masked_top1_{predictor}"], figures[f"test_chance_masked_top1_{predictor}"] = found
         model.train(was_training)
         objectives.train(was_training)
         return figures
 
     def _masked_top1(self, objectives: Objectives, passes: list[MaskedPass], predictor: str,
-                     generator: torch.Generator) -> float | None:
-        """None where there is nothing to predict."""
+                     generator: torch.Generator) -> tuple[float, float] | None:
+        """The figure and chance; None where there is nothing to predict."""
         modality = VISUAL if predictor.endswith("visual") else AUDIO
         pool = torch.cat([seen.local[modality][seen.present[modality]] for seen in passes])
         hits = positions = before = 0
@@ -83,7 +92,7 @@ class HeldOut:
                     scores = objectives.scores(seen, predictor, pool[used], candidates)
                 hits += int((scores[:, :1] > scores[:, 1:]).all(1).sum())
                 positions += len(true)
-        return hits / positions if positions else None
+        return (hits / positions, 1 / min(CANDIDATES, len(pool))) if positions else None
 
 
 def random_others(true: Tensor, size: int, count: int, generator: torch.Generator) -> Tensor:

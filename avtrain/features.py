@@ -21,6 +21,7 @@ from avtrain.data.loader import Batch, ClipDataset, batches, readable
 from avtrain.data.order import at_epoch, batches_of, fixed_order
 from avtrain.data.shards import ShardFolder
 from avtrain.data.views import ViewDataset, ViewItem, collate_rows
+from avtrain.errors import AvtrainError
 from avtrain.files import written_whole
 from avtrain.models.avbert import AVBert
 from avtrain.progress import bar_options
@@ -89,7 +90,8 @@ def frozen_features(model: AVBert, folder: ShardFolder, config: DataConfig, runt
         cache: folder of cached features, named by network, shards, view and precision; None: nothing is kept.
 
     Raises:
-        AvtrainError: shards and settings don't fit, or more than 1 % of the clips can't be decoded.
+        AvtrainError: shards and settings don't fit, more than 1 % of the clips can't be decoded, or features are not
+            finite.
     """
     idle = {*TRAINING_ONLY, "workers"}
     view = {name: value for name, value in dataclasses.asdict(config).items() if name not in idle}
@@ -158,9 +160,17 @@ def _extract(model: AVBert, outputs: Callable[[Batch], dict[str, Tensor | None]]
         labels += batch.labels
         for name, tensor in found.items():
             if tensor is not None:
+                _check_finite(name, tensor, batch.keys)
                 parts.setdefault(name, []).append(tensor.cpu() if tensor.dtype == torch.bool else tensor.float().cpu())
     model.train(was_training)
     return {"keys": keys, "labels": labels, **{name: torch.cat(tensors) for name, tensors in parts.items()}}
+
+
+def _check_finite(name: str, tensor: Tensor, keys: list[str]) -> None:
+    bad = (~tensor.isfinite()).flatten(1).any(1)
+    if bool(bad.any()):
+        raise AvtrainError(f"{keys[int(bad.nonzero()[0])]}: {name} of it is not finite: use another checkpoint, or "
+                           "--precision float32")
 
 
 def _cached(kind: type[_Kind], compute: Callable[[], _Kind], cache: Path | None, key: list[Any]) -> _Kind:
@@ -194,8 +204,9 @@ def _read(kind: type[_Kind], path: Path) -> _Kind:
         keys, labels = json.loads((file.metadata() or {})["clips"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     if {len(keys), len(labels)} != {len(tensor) for tensor in tensors.values()} or any(
-            tensor.dtype not in (torch.float32, torch.bool) for tensor in tensors.values()):
-        raise ValueError(f"{path}: rows and tensors do not fit")
+            tensor.dtype not in (torch.float32, torch.bool) or not bool(tensor.isfinite().all())
+            for tensor in tensors.values()):
+        raise ValueError(f"{path}: rows and tensors do not fit, or are not finite")
     return kind(keys, labels, **tensors)
 
 

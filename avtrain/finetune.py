@@ -17,6 +17,7 @@ from tqdm import tqdm
 from avtrain.checkpoint import parts_of, save_model
 from avtrain.config import Config, DataConfig, TrainingConfig
 from avtrain.data.augment import SoundAugmentation
+from avtrain.data.handover import check_room, in_flight_bytes
 from avtrain.data.loader import Batch, UnreadableCount, batches, readable
 from avtrain.data.order import at_epoch
 from avtrain.data.shards import ShardFolder
@@ -91,6 +92,10 @@ class _Epochs:
     def __len__(self) -> int:
         return len(self._items) // self._size
 
+    def in_flight_bytes(self) -> int:
+        """Shared memory that the workers' batches can take."""
+        return in_flight_bytes(self._dataset.batch_bytes(next(self._items_from(0, 0))), self._dataset.config.workers)
+
     def starting_at(self, epoch: int, batch: int) -> Iterator[Batch]:
         """The batches from there on, over the epochs, without end."""
         items = self._items_from(epoch, batch)
@@ -160,6 +165,10 @@ def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: l
         with written_whole(to / "heads.safetensors") as temporary:
             save_file(heads, temporary)
 
+    if validation:  # its batches are made beside those of training
+        dataset, tests = _test_views(folder, validation, data, protocol, modality)
+        looked_at = dataset.batch_bytes([(item, 0) for item in tests[0]])
+        check_room(epochs.in_flight_bytes() + in_flight_bytes(looked_at, data.workers))
     run = Run(out, {"classifier": classifier}, training, generator, save_weights, _optimizer(classifier, protocol))
     if resume and run.last_checkpoint() is not None:
         run.resume()
@@ -225,11 +234,9 @@ def predict(classifier: Classifier, folder: ShardFolder, clips: list[ListedClip]
             protocol: Protocol, modality: str, runtime: Runtime) -> Predictions:
     """Outputs of all views, crops, segments and heads of a video, averaged. Leaves the classifier in eval mode."""
     classifier.eval()
-    views = fixed_views(protocol, modality)
     sums = ScoreSums(clips, len(folder.classes))
-    size = max(1, _TEST_SEGMENTS[modality] // (views.clips * views.crops))
-    items = [[ViewItem(clip.place) for clip in clips[first:first + size]] for first in range(0, len(clips), size)]
-    supply = batches(ViewDataset(folder, data, views, None), at_epoch(items, 0), data.workers, collate_rows)
+    dataset, items = _test_views(folder, clips, data, protocol, modality)
+    supply = batches(dataset, at_epoch(items, 0), data.workers, collate_rows)
     bar = tqdm(supply, "test", len(items), unit="batch", leave=False, **bar_options())
     for batch in readable(bar, folder.clips):
         with runtime.autocast():
@@ -238,3 +245,12 @@ def predict(classifier: Classifier, folder: ShardFolder, clips: list[ListedClip]
         weights = counts.float() / counts.sum(1, keepdim=True)
         sums.add(batch.keys, (scores * weights[..., None]).sum(1))
     return sums.predictions()
+
+
+def _test_views(folder: ShardFolder, clips: list[ListedClip], data: DataConfig, protocol: Protocol,
+                modality: str) -> tuple[ViewDataset, list[list[ViewItem]]]:
+    """The test's views of these clips, and its batches."""
+    views = fixed_views(protocol, modality)
+    size = max(1, _TEST_SEGMENTS[modality] // (views.clips * views.crops))
+    items = [[ViewItem(clip.place) for clip in clips[first:first + size]] for first in range(0, len(clips), size)]
+    return ViewDataset(folder, data, views, None), items

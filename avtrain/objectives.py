@@ -25,10 +25,19 @@ Embedded = tuple[LocalEmbeddings, Tensor, Tensor]  # what `AVBert.embed` returns
 
 
 class ObjectiveResult(NamedTuple):
-    """The loss, and figures of its parts (scalars without gradient): mep_*, pair, pair_accuracy, top1_*."""
+    """The loss, and figures of its parts (scalars without gradient): mep_*, pair, pair_accuracy, top1_*.
+
+    `chances`: what loss and parts would be here, on average, for a model that knows nothing: one that finds all
+    candidates alike, and takes all pairs for right, or all for wrong, whichever is more often true.
+    """
 
     loss: Tensor
     parts: dict[str, Tensor]
+    chances: dict[str, Tensor]
+
+    def figures(self) -> dict[str, Tensor]:
+        """All but the loss, the chances named chance_*."""
+        return {**self.parts, **{f"chance_{name}": value for name, value in self.chances.items()}}
 
 
 class MaskedPass(NamedTuple):
@@ -84,6 +93,7 @@ class Objectives(nn.Module):
         pairs = config.pair > 0 and hasattr(self, "pair")
         seen = self.masked_pass(model, embedded, generator, wrong_pairs=pairs, draws=config.draws)
         parts: dict[str, Tensor] = {}
+        chances: dict[str, Tensor] = {}
         losses: dict[str, list[Tensor]] = {"mep_visual": [], "mep_audio": [], "mep_multimodal": []}
         loss = self.mask.sum() * 0  # a batch with nothing to predict still has a gradient: zero
         for modality, name in ((VISUAL, "visual"), (AUDIO, "audio")):
@@ -101,6 +111,9 @@ class Objectives(nn.Module):
                     logits = self.scores(seen, predictor, local, candidates).masked_fill(~usable, -torch.inf)
                     losses[part].append(_nce(logits))
                     parts[f"top1_{predictor}"] = (logits.argmax(1) == 0).float().mean()
+                    count = usable.sum(1).float()
+                    chances[f"top1_{predictor}"] = (1 / count).mean()
+                    chances[part] = chances.get(part, 0) + count.log().mean()
         for part, values in losses.items():
             if values:
                 parts[part] = torch.stack(values).sum().detach()
@@ -111,9 +124,13 @@ class Objectives(nn.Module):
             losses_of_pairs = F.binary_cross_entropy_with_logits(logits_of_pairs, right.float(), reduction="none")
             pair = _mean_over_times(losses_of_pairs, seen.both)
             parts["pair"] = pair.detach()
+            share = _mean_over_times(right.float(), seen.both)
+            chances["pair"], chances["pair_accuracy"] = loss.new_tensor(math.log(2)), torch.maximum(share, 1 - share)
             parts["pair_accuracy"] = _mean_over_times(((logits_of_pairs > 0) == right).float(), seen.both)
             loss = loss + config.pair * pair
-        return ObjectiveResult(loss, parts)
+        chances["loss"] = sum((getattr(config, part) * chances[part] for part in (*losses, "pair") if part in chances),
+                              loss.new_zeros(()))
+        return ObjectiveResult(loss, parts, chances)
 
     def masked_pass(self, model: AVBert, embedded: Embedded, generator: torch.Generator, wrong_pairs: bool,
                     draws: int = 1) -> MaskedPass:

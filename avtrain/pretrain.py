@@ -11,6 +11,7 @@ from torch import Tensor
 
 from avtrain.checkpoint import save_model
 from avtrain.config import Config, config_from, config_to
+from avtrain.data.handover import check_room, in_flight_bytes
 from avtrain.data.loader import Batch, ClipDataset, UnreadableCount, batches
 from avtrain.data.order import ClipPlace, at_epoch, batches_of, epoch_order
 from avtrain.data.shards import ShardFolder, open_folders
@@ -37,6 +38,10 @@ class EpochBatches:
 
     def __len__(self) -> int:
         return -(-sum(self._clips) // self._size)
+
+    def in_flight_bytes(self) -> int:
+        """Shared memory that the workers' batches can take."""
+        return in_flight_bytes(self._dataset.batch_bytes(next(self._places_from(0, 0))), self._config.data.workers)
 
     def starting_at(self, epoch: int, batch: int) -> Iterator[Batch]:
         """The batches from there on, over the epochs, without end."""
@@ -73,6 +78,7 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     train_folder = open_folders(train, labelled=False)
     supply = EpochBatches(train_folder, config)
     held_out = HeldOut(open_folders(test, labelled=False), config, runtime) if test else None
+    check_room(supply.in_flight_bytes() + (held_out.in_flight_bytes() if held_out else 0))
     run = Run(out, {"model": model, "objectives": objectives}, config.training, generator,
               lambda folder: save_model(folder / "model.safetensors", model, config))
     if resume:
@@ -85,7 +91,7 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
 
     def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
         result = objectives(model, model.embed(*batch.tensors(runtime.device)), generator)
-        return result.loss, {name: float(value) for name, value in result.parts.items()}
+        return result.loss, {name: float(value) for name, value in result.figures().items()}
 
     def evaluate() -> dict[str, float]:
         return held_out.figures(model, objectives) if held_out else {}

@@ -59,7 +59,7 @@ _PANELS = [
         _Curve("top1_visual", "visual", _COLOURS["visual"]), _Curve("top1_audio", "audio", _COLOURS["audio"]),
         _Curve("top1_multimodal_visual", "multimodal, visual", "#56b4e9"),
         _Curve("top1_multimodal_audio", "multimodal, audio", "#e69f00")], percent=True),
-    _Panel(f"held out: masked top-1 of {CANDIDATES} random ones", [
+    _Panel(f"held out: masked top-1 of up to {CANDIDATES} random ones", [
         _Curve("masked_top1_visual", "visual", _COLOURS["visual"]),
         _Curve("masked_top1_audio", "audio", _COLOURS["audio"]),
         _Curve("masked_top1_multimodal_visual", "multimodal, visual", "#56b4e9"),
@@ -67,35 +67,38 @@ _PANELS = [
 ]
 
 
-def chance_of(name: str, config: Config) -> float | None:
-    """What a figure is, on average, for a model that knows nothing; None where that is not known.
-
-    A loss of masked prediction is ln(candidates) (the multimodal one is the sum of two), of pair prediction ln 2.
-    Where a batch has too few segments for all negatives, the number of candidates, and so chance, is not known.
+def chance_of(name: str, lines: list[Line]) -> float | None:
+    """What a figure would be for a model that knows nothing, as the run has recorded it.
 
     Args:
-        name: of a figure in metrics.jsonl, with or without test_.
-        config: of the run.
+        name: of a figure in metrics.jsonl, without test_.
+        lines: of metrics.jsonl.
+
+    Returns:
+        That of the last evaluation, or the mean over the last steps where the figure is of training alone; None where
+        it is not recorded.
     """
-    name, objectives = name.removeprefix("test_"), config.objectives
-    others = config.training.batch_size // config.training.accumulate * config.data.segments - 1
-    known = others * objectives.keep_percent / 100 >= objectives.negatives
-    candidates = objectives.negatives + 1
-    if name == "loss":
-        parts = {"mep_visual": objectives.mep_visual * (config.model.fusion != "early"),
-                 "mep_audio": objectives.mep_audio * (config.model.fusion != "early"),
-                 "mep_multimodal": objectives.mep_multimodal * (config.model.fusion != "late"),
-                 "pair": objectives.pair * (config.model.fusion != "late")}
-        chances = [(weight, chance_of(part, config)) for part, weight in parts.items() if weight]
-        return None if any(chance is None for _, chance in chances) else sum(
-            weight * (chance or 0.0) for weight, chance in chances)
-    if name.startswith("masked_top1"):
-        return 1 / CANDIDATES
-    if name.startswith("top1"):
-        return 1 / candidates if known else None
-    if name.startswith("mep_"):
-        return (2 if name == "mep_multimodal" else 1) * math.log(candidates) if known else None
-    return {"pair": math.log(2), "pair_accuracy": 0.5}.get(name)
+    _, held_out = _series(lines, f"test_chance_{name}")
+    _, training = _series(lines, f"chance_{name}")
+    recent = held_out[-1:] or training[-_window(len(training)):]
+    return sum(recent) / len(recent) if recent else None
+
+
+def held_out_text(figures: Line) -> list[str]:
+    """What an evaluation found, beside chance: lines for people."""
+    lines = []
+    for name, value in figures.items():
+        what, prefix, predictor = name.rpartition("test_masked_top1_")
+        chance = figures.get(f"test_chance_{name.removeprefix('test_')}")
+        if chance is None or what:
+            continue
+        if name == "test_pair_accuracy":
+            lines.append(f"held-out pair accuracy {100 * value:.1f} % (chance {100 * chance:.3g} %)")
+        elif prefix:
+            where = predictor.replace("_", " Transformer, ")
+            lines.append(f"held-out masked top-1 of {round(1 / chance)} candidates, {where}: {100 * value:.1f} % "
+                         f"(chance {100 * chance:.3g} %)")
+    return lines
 
 
 def write_report(folder: Path) -> list[Path]:
@@ -109,7 +112,7 @@ def write_report(folder: Path) -> list[Path]:
         OSError: a file can't be read or written.
     """
     config, lines = _read_run(folder)
-    picture = _picture(lines, config)
+    picture = _picture(lines)
     page = _page(folder.resolve().name, lines, config, picture)
     written = []
     for name, content in (("report.html", page.encode()), ("report.png", picture)):
@@ -155,7 +158,7 @@ def _smoothed(values: list[float]) -> list[float]:
     return means
 
 
-def _picture(lines: list[Line], config: Config) -> bytes:
+def _picture(lines: list[Line]) -> bytes:
     """The curves, as a PNG of `PICTURE_PIXELS`."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -167,7 +170,7 @@ def _picture(lines: list[Line], config: Config) -> bytes:
                     "dashed: chance", fontsize=11, color="#555555")
     axes = figure.subplots(_ROWS, _COLUMNS).flatten()
     for axis, panel in zip(axes, _PANELS, strict=False):
-        _draw(axis, panel, lines, config)
+        _draw(axis, panel, lines)
     _draw_rate(axes[-2], lines)
     _draw_speed(axes[-1], lines)
     for axis in axes:
@@ -186,7 +189,7 @@ def _title(axis: Axes, text: str) -> None:
     axis.set_title(text, loc="left", fontsize=12, fontweight="bold", pad=8)
 
 
-def _draw(axis: Axes, panel: _Panel, lines: list[Line], config: Config) -> None:
+def _draw(axis: Axes, panel: _Panel, lines: list[Line]) -> None:
     """Training figures smoothed, held-out ones as points, chance as a dashed line."""
     from matplotlib.ticker import PercentFormatter
 
@@ -205,8 +208,8 @@ def _draw(axis: Axes, panel: _Panel, lines: list[Line], config: Config) -> None:
     if not drawn:
         axis.text(0.5, 0.5, "not measured in this run", transform=axis.transAxes, ha="center", color="#777777")
         return
-    chance = chance_of(panel.curves[0].name, config)
-    if chance is not None:
+    chances = {chance_of(curve.name, lines) for curve in panel.curves} - {None}
+    for chance in sorted(chance for chance in chances if chance is not None):
         text = f"{100 * chance:.3g} %" if panel.percent else f"{chance:.2f}"
         axis.axhline(chance, color="#777777", linestyle="--", linewidth=1.3, label=f"chance: {text}")
         drawn.append(chance)
@@ -262,9 +265,9 @@ def _page(title: str, lines: list[Line], config: Config, picture: bytes) -> str:
         f'{last.get("skipped_steps", 0)} skipped steps · avtrain {escape(__version__)}, '
         f"torch {escape(torch.__version__)}</p>",
         f"<h2>Held out, at step {evaluated['step']:,}</h2>" if evaluated else "<h2>Figures</h2>",
-        _table(["figure", "held out", "training", "chance"], _figure_rows(lines, evaluated or {}, config)),
+        _table(["figure", "held out", "training", "chance"], _figure_rows(lines, evaluated or {})),
         f'<p class="small">Training: the mean of the last {_window(len(lines))} steps, with dropout and augmentation. '
-        "Chance: what a model that knows nothing would have.</p>",
+        "Chance: what a model that knows nothing would have, on the held-out clips where they were looked at.</p>",
         "<h2>Curves</h2>",
         f'<img alt="curves of the run" src="data:image/png;base64,{base64.b64encode(picture).decode()}">',
         "<h2>Settings that differ from the defaults</h2>",
@@ -272,9 +275,10 @@ def _page(title: str, lines: list[Line], config: Config, picture: bytes) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _figure_rows(lines: list[Line], evaluated: Line, config: Config) -> list[list[str]]:
+def _figure_rows(lines: list[Line], evaluated: Line) -> list[list[str]]:
     """One row a figure that is held out or learnt from, the total first."""
-    names = [name.removeprefix("test_") for name in evaluated if name.startswith("test_")]
+    names = [name.removeprefix("test_") for name in evaluated
+             if name.startswith("test_") and not name.startswith("test_chance_")]
     names += [curve.name for panel in _PANELS for curve in panel.curves if curve.name != "learning_rate"
               and any(curve.name in line for line in lines)]
     rows = []
@@ -283,7 +287,7 @@ def _figure_rows(lines: list[Line], evaluated: Line, config: Config) -> list[lis
         recent = values[-_window(len(values)):]
         training = sum(recent) / len(recent) if recent else None
         rows.append([name, *(_number(name, value) for value in (
-            evaluated.get(f"test_{name}"), training, chance_of(name, config)))])
+            evaluated.get(f"test_{name}"), training, chance_of(name, lines)))])
     return rows
 
 

@@ -42,10 +42,14 @@ def one_seed(config: Config, shards: Path, folder: Path, table: dict[str, list[f
     """Train and measure one seed: adds a value to every row of the table; the minutes of training."""
     seed, runtime = config.training.seed, choose_runtime(None, "auto")
     checkpoint = trained_on_demo(config, shards, folder, runtime)
-    for name, value in held_out_figures(folder).items():
+    figures = held_out_figures(folder)
+    for name, value in figures.items():
+        if name.startswith("chance_"):
+            continue
         label = name.replace("masked_top1_", "masked top-1 of 100: ").replace("_", " ")
         table[label].append(value)
-        chances[label] = 0.5 if name == "pair_accuracy" else 0.01
+        if f"chance_{name}" in figures:  # not in runs of before it was recorded
+            chances[label] = figures[f"chance_{name}"]
     for modality in ("visual", "audio"):
         start = random_source(PRESET, [], seed)
         label = f"linear classifier, {modality} embeddings"

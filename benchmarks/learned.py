@@ -38,10 +38,10 @@ def minutes_of(folder: Path, config: Config) -> float:
 
 
 def held_out_figures(folder: Path) -> dict[str, float]:
-    """Pair accuracy, and masked top-1 of 100 candidates by Transformer and modality, from the last evaluation."""
+    """Pair accuracy, masked top-1 by Transformer and modality, and chance_* of each, from the last evaluation."""
     last = next(line for line in reversed(_metrics(folder)) if any(name.startswith("test_") for name in line))
     return {name.removeprefix("test_"): value for name, value in last.items()
-            if name.startswith("test_masked_top1") or name == "test_pair_accuracy"}
+            if name.removeprefix("test_").removeprefix("chance_").startswith(("masked_top1", "pair_accuracy"))}
 
 
 def _metrics(folder: Path) -> list[dict[str, float]]:

@@ -98,7 +98,7 @@ def decode_log_mel(content: bytes) -> NDArray[np.float16]:
     """(mels, frames) float16.
 
     Raises:
-        ClipUnreadable: not such an array.
+        ClipUnreadable: not such an array, or not all of it is finite.
     """
     try:
         array = np.load(io.BytesIO(content), allow_pickle=False)
@@ -106,4 +106,6 @@ def decode_log_mel(content: bytes) -> NDArray[np.float16]:
         raise ClipUnreadable(f"its log-mel can't be read: {error}") from error
     if array.ndim != 2 or array.dtype != np.float16:
         raise ClipUnreadable(f"its log-mel is {array.dtype} {array.shape}")
+    if not np.isfinite(array).all():
+        raise ClipUnreadable("its log-mel holds values that are not finite")
     return np.asarray(array, np.float16)

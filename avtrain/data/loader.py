@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from avtrain.config import DataConfig
 from avtrain.data.augment import SoundAugmentation, augmented_log_mel, centre_view, pixels, random_view
 from avtrain.data.decode import ClipUnreadable, decode_log_mel, decode_parts
+from avtrain.data.handover import AHEAD, begin, check_room, in_flight_bytes, packed, unpacked
 from avtrain.data.order import ClipPlace
 from avtrain.data.shards import ShardFolder, ShardReader
 from avtrain.errors import AvtrainError
@@ -47,6 +50,13 @@ class Batch:
         """(visual, audio, visual_present, audio_present) on the device."""
         return (self.visual.to(device), self.audio.to(device), self.visual_present.to(device),
                 self.audio_present.to(device))
+
+
+class Supplier(Protocol):
+    """What `batches` needs of a dataset, beside what torch's loader asks it for."""
+
+    def batch_bytes(self, at: Sequence[Any]) -> int:
+        """How large the batch of what is asked for can be."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,13 @@ class ClipDataset(Dataset[Any]):
                      torch.stack([clip.audio_present for clip in clips]),
                      [clip.labels for clip in clips], [clip.key for clip in clips], unreadable)
 
+    def batch_bytes(self, at: Sequence[tuple[ClipPlace, int]]) -> int:
+        """How large the batch of these clips can be."""
+        config = self._config
+        side = config.crop if config.modality != "audio" else 0
+        pixels_bytes = 3 * config.segment_frames * side**2
+        return len(at) * config.segments * (pixels_bytes + 4 * config.mels * config.mel_frames)
+
     def __getitem__(self, at: tuple[ClipPlace, int]) -> _Clip | str:
         return self._item(at, self._room(1)[0])
 
@@ -129,7 +146,7 @@ class ClipDataset(Dataset[Any]):
         try:
             return self._clip(key, members, visual, random)
         except (ClipUnreadable, KeyError, ValueError) as error:
-            return f"{self._folder.shards[place.shard].url}: {key}: {error}"
+            return f"{self._folder.shards[place.shard].name}: {key}: {error}"
 
     def _clip(self, key: str, members: dict[str, bytes], visual: Tensor, random: np.random.Generator | None) -> _Clip:
         config, spec = self._config, self._folder.spec
@@ -199,31 +216,37 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def batches(dataset: Dataset[Any], items: Iterable[list[tuple[Any, int]]], workers: int,
+def batches(dataset: Supplier, items: Iterable[list[Any]], workers: int,
             collate: Callable[[Any], Batch] = _as_it_is) -> Iterator[Batch]:
     """The batches in order, made ahead by worker processes (0: in this one).
 
     Args:
         dataset: of clips or of views.
-        items: for every batch what the dataset is asked for: (place or item, epoch). They may go on without end.
+        items: for every batch what the dataset is asked for: (place or item, epoch), nowhere more than for the first.
+            They may go on without end.
         workers: processes.
         collate: makes a batch of what the dataset gives.
+
+    Raises:
+        AvtrainError: what a worker can't read, can't hand over, or was ended by.
     """
+    items = iter(items)
+    first = next(items, None)
+    if first is None:
+        return
+    check_room(in_flight_bytes(dataset.batch_bytes(first), workers))
     loader = DataLoader(
-        dataset, batch_sampler=items, collate_fn=collate,
-        num_workers=workers, prefetch_factor=2 if workers else None,
-        worker_init_fn=_one_thread if workers else None,
+        cast(Dataset[Any], dataset), batch_sampler=itertools.chain([first], items),
+        collate_fn=partial(packed, collate) if workers else collate,
+        num_workers=workers, prefetch_factor=AHEAD if workers else None,
+        worker_init_fn=begin if workers else None,
         # Its own, though nothing here draws from it: a loader would else take a number from the global generator
         # whenever it is made, and a run that is resumed in mid-epoch would go on with other dropout.
         generator=torch.Generator())
     try:
-        yield from loader
+        yield from unpacked(loader) if workers else loader
     except AvtrainError as error:  # a worker's comes with its traceback as text
         raise AvtrainError(str(error).rpartition("AvtrainError: ")[2].strip()) from error
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)
 
 
 def readable(supply: Iterable[Batch], clips: int) -> Iterator[Batch]:

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
 import os
 import tarfile
-import tempfile
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin
 
+from avtrain.data.download import beside, download, fetch_json, index_address, is_remote, shown
 from avtrain.errors import AvtrainError
 
 FORMAT, FORMAT_VERSION = "avprep-shards", 1
-_DOWNLOAD_TIMEOUT_S = 60
 _REMEMBERED_SHARDS = 64
 
 
@@ -31,6 +26,11 @@ class Shard:
     clips: int
     size: int
     sha256: str
+
+    @property
+    def name(self) -> str:
+        """Where it is, for messages."""
+        return shown(self.url)
 
 
 @dataclass(frozen=True)
@@ -71,56 +71,57 @@ def open_folders(locations: list[str], labelled: bool = True) -> ShardFolder:
         first = first or index
         for what in ("spec", "classes") if labelled else ("spec",):
             if index[what] != first[what]:
-                raise AvtrainError(f"{address}: its {what} differ from that of {locations[0]}: "
+                raise AvtrainError(f"{shown(address)}: its {what} differ from that of {shown(locations[0])}: "
                                    f"{_difference(index[what], first[what])}")
-        shards += [Shard(_beside(address, entry["url"]), entry["nsamples"], entry["filesize"], entry["sha256"])
-                   for entry in index["shardlist"]]
+        shards += _shards(address, index)
+    named = ", ".join(map(shown, locations))
     if first is None or not shards:
-        raise AvtrainError(f"no clips in {', '.join(locations) or 'an empty list of folders'}")
+        raise AvtrainError(f"no clips in {named or 'an empty list of folders'}")
     if len({shard.url for shard in shards}) < len(shards):
-        raise AvtrainError(f"the same shards twice in {', '.join(locations)}: name each folder once")
+        raise AvtrainError(f"the same shards twice in {named}: name each folder once")
     fingerprint = hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()[:16]
     classes = tuple(first["classes"]) if labelled else ()
     return ShardFolder(tuple(shards), first["spec"], classes, first["multi_label"], fingerprint, tuple(locations))
 
 
-def _is_remote(location: str) -> bool:
-    return location.startswith(("http://", "https://"))
+def _shards(address: str, index: dict[str, Any]) -> list[Shard]:
+    try:
+        return [Shard(_beside(address, str(entry["url"])), int(entry["nsamples"]), int(entry["filesize"]),
+                      str(entry["sha256"])) for entry in index["shardlist"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise AvtrainError(f"{shown(address)} is damaged: an entry of its shardlist can't be read: {error!r}; build "
+                           "the split again with `avprep build`") from error
 
 
 def _beside(address: str, name: str) -> str:
     """The address of a shard, which lies beside its index."""
     if "/" in name or name.startswith("."):
-        raise AvtrainError(f"{address}: the shard {name!r} does not lie beside its index")
-    return urljoin(address, name) if _is_remote(address) else str(Path(address).parent / name)
+        raise AvtrainError(f"{shown(address)}: the shard {name!r} does not lie beside its index")
+    return beside(address, name) if is_remote(address) else str(Path(address).parent / name)
 
 
 def _read_index(location: str) -> tuple[str, dict[str, Any]]:
-    if _is_remote(location):
-        address = location if location.endswith(".json") else location.rstrip("/") + "/index.json"
-        try:
-            with urllib.request.urlopen(address, timeout=_DOWNLOAD_TIMEOUT_S) as response:
-                text = response.read()
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError) as error:
-            raise AvtrainError(f"{address}: {error}") from error
+    if is_remote(location):
+        address = index_address(location)
+        index = fetch_json(address)
     else:
         path = Path(location) if location.endswith(".json") else Path(location) / "index.json"
         address = str(path)
         if not path.is_file():
             raise AvtrainError(f"no {path}: name folders that `avprep build` has finished, such as shards/demo/train")
-        text = path.read_bytes()
-    try:
-        index = json.loads(text)
-    except ValueError as error:
-        raise AvtrainError(f"{address} is not a readable index: {error}") from error
+        try:
+            index = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise AvtrainError(f"{address} is not a readable index: {error}") from error
+    where = shown(address)
     if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise AvtrainError(f"{address} is not an index of avprep shards")
+        raise AvtrainError(f"{where} is not an index of avprep shards")
     wanted = {"format_version": int, "spec": dict, "classes": list, "multi_label": bool, "shardlist": list}
     lacking = [name for name, kind in wanted.items() if not isinstance(index.get(name), kind)]
     if lacking:
-        raise AvtrainError(f"{address} is damaged: no {', '.join(lacking)}; build the split again with `avprep build`")
+        raise AvtrainError(f"{where} is damaged: no {', '.join(lacking)}; build the split again with `avprep build`")
     if index["format_version"] != FORMAT_VERSION:
-        raise AvtrainError(f"{address} has format version {index['format_version']}, this avtrain reads "
+        raise AvtrainError(f"{where} has format version {index['format_version']}, this avtrain reads "
                            f"{FORMAT_VERSION}: use the avtrain that goes with the avprep that wrote it")
     return address, index
 
@@ -159,9 +160,12 @@ class ShardReader:
         path, clips = self._contents(shard)
         key, members = clips[position]
         unwanted = {"visual": "logmel.npy", "audio": "mp4"}.get(modality)
-        with path.open("rb") as file:
-            return key, {ending: os.pread(file.fileno(), member.size, member.offset)
-                         for ending, member in members.items() if ending != unwanted}
+        try:
+            with path.open("rb") as file:
+                return key, {ending: os.pread(file.fileno(), member.size, member.offset)
+                             for ending, member in members.items() if ending != unwanted}
+        except OSError as error:
+            raise _unreadable(path, error) from error
 
     def read_info(self, shard: int, position: int) -> tuple[str, dict[str, Any]]:
         """The key of a clip and the content of its `.json`, without its pictures and sound.
@@ -175,12 +179,14 @@ class ShardReader:
             with path.open("rb") as file:
                 info = json.loads(os.pread(file.fileno(), members["json"].size, members["json"].offset))
             return key, dict(info)
+        except OSError as error:
+            raise _unreadable(path, error) from error
         except (KeyError, ValueError, TypeError) as error:
             raise AvtrainError(f"{path}: {key} has no readable .json: run `avprep verify`") from error
 
     def _list_shard(self, number: int) -> tuple[Path, list[tuple[str, dict[str, Member]]]]:
         shard = self._folder.shards[number]
-        path = _download(shard) if _is_remote(shard.url) else Path(shard.url)
+        path = download(shard.url, shard.size, shard.sha256) if is_remote(shard.url) else Path(shard.url)
         try:
             with tarfile.open(path, "r:") as tar:
                 members = [(tarinfo.name, Member(tarinfo.offset_data, tarinfo.size)) for tarinfo in tar]
@@ -197,25 +203,5 @@ class ShardReader:
         return path, clips
 
 
-def _download(shard: Shard) -> Path:
-    """The shard in the cache folder (AVTRAIN_CACHE, or the system's temporary folder), checked against its checksum."""
-    cache = Path(os.environ.get("AVTRAIN_CACHE", Path(tempfile.gettempdir()) / "avtrain-cache"))
-    cache.mkdir(parents=True, exist_ok=True)
-    path = cache / f"{shard.sha256}.tar"
-    if path.is_file() and path.stat().st_size == shard.size:
-        return path
-    part = path.with_suffix(f".{os.getpid()}.part")
-    digest = hashlib.sha256()
-    try:
-        with urllib.request.urlopen(shard.url, timeout=_DOWNLOAD_TIMEOUT_S) as response, part.open("wb") as file:
-            while block := response.read(1 << 20):
-                digest.update(block)
-                file.write(block)
-        if digest.hexdigest() != shard.sha256:
-            raise AvtrainError(f"{shard.url}: its checksum is not the one in its index")
-        part.replace(path)
-    except (urllib.error.URLError, TimeoutError) as error:
-        raise AvtrainError(f"{shard.url}: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+def _unreadable(path: Path, error: OSError) -> AvtrainError:
+    return AvtrainError(f"{path} can't be read any more: {error.strerror or error}; was it moved or deleted?")

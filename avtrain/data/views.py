@@ -129,6 +129,15 @@ class ViewDataset(Dataset[Any]):
         self.folder, self.config, self.views, self._seed = folder, config, views, seed
         self._reader: ShardReader | None = None
 
+    def batch_bytes(self, at: Sequence[tuple[ViewItem, int]]) -> int:
+        """How large the batch of these items can be."""
+        config, views, crops = self.config, self.views, 1 if self._seed is not None else self.views.crops
+        side = 0 if views.modality == "audio" else config.crop if self._seed is not None or not views.whole \
+            else config.scale[0]
+        starts = sum(views.clips if item.part is None else 1 for item, _ in at)
+        heard = 4 * config.mels * config.mel_frames if views.modality != "visual" else 0
+        return starts * crops * (3 * config.segment_frames * side**2 + heard)
+
     def __getitem__(self, at: tuple[ViewItem, int]) -> _Rows | str:
         item, epoch = at
         self._reader = self._reader or ShardReader(self.folder)  # opened in the worker, not before it is forked
@@ -138,7 +147,7 @@ class ViewDataset(Dataset[Any]):
         try:
             return self._rows(key, members, json.loads(members["json"]), item.part, random)
         except (ClipUnreadable, KeyError, ValueError) as error:
-            return f"{self.folder.shards[item.place.shard].url}: {key}: {error}"
+            return f"{self.folder.shards[item.place.shard].name}: {key}: {error}"
 
     def _rows(self, key: str, members: dict[str, bytes], info: dict[str, Any], part: int | None,
               random: np.random.Generator | None) -> _Rows:

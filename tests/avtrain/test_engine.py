@@ -144,6 +144,26 @@ def test_ten_bad_steps_in_a_row_stop_the_run_with_the_last_good_checkpoint(tmp_p
     assert all(torch.isfinite(tensor).all() for tensor in state["modules"]["network"].values())
 
 
+def test_a_run_that_ends_with_losses_that_are_not_finite_has_a_checkpoint_or_fails(tmp_path):
+    never = _Experiment(tmp_path / "never", bad_steps=range(1, 100))
+    with pytest.raises(AvtrainError, match=r"step 4: .* 4 times in a row.*none yet"):
+        never.train(max_steps=4)
+    unsaved = _Experiment(tmp_path / "unsaved", bad_steps=[2])  # the first checkpoint would be that of step 3
+    with pytest.raises(AvtrainError, match=r"step 2: .* 1 times in a row.*none yet"):
+        unsaved.train(max_steps=2)
+    saved = _Experiment(tmp_path / "saved", bad_steps=[5])
+    saved.train(max_steps=5)
+    assert saved.run.last_checkpoint().name == "step-000003" and saved.run.bad_steps == 1
+    resumed = _Experiment(tmp_path / "saved", bad_steps=range(1, 100))
+    resumed.run.resume()
+    resumed.train(max_steps=5)
+    assert resumed.run.last_checkpoint().name == "step-000003" and resumed.run.bad_steps == 2
+    again = _Experiment(tmp_path / "saved")
+    again.run.resume()
+    again.train(max_steps=5)
+    assert again.run.last_checkpoint().name == "step-000005" and again.run.bad_steps == 0
+
+
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
     """Two parts of equal size: the same as their mean loss, without batch statistics, dropout and noise."""
     torch.manual_seed(0)

@@ -164,6 +164,29 @@ def test_loss_at_initialisation_is_chance(fusion):
         assert float(parts["pair"]) == pytest.approx(math.log(2), rel=1e-5)
 
 
+@pytest.mark.parametrize("batch", [2, 3, 8])
+def test_chances_are_what_a_model_that_knows_nothing_gets(batch):
+    """Also where a batch has fewer segments than negatives are asked for, and more right pairs than wrong ones."""
+    model, objectives, inputs = _setup(batch=batch, negatives=16)
+    for predictor in objectives.predictors.values():
+        nn.init.zeros_(predictor.projection.weight)
+    nn.init.zeros_(objectives.pair.projection.weight)
+    nn.init.zeros_(objectives.pair.projection.bias)
+    result = objectives(model, model.embed(*inputs), _generator())
+    assert set(result.chances) == {*result.parts, "loss"}
+    for name in ("mep_visual", "mep_audio", "mep_multimodal", "pair"):
+        assert float(result.chances[name]) == pytest.approx(float(result.parts[name]), rel=1e-5), name
+    assert float(result.chances["loss"]) == pytest.approx(float(result.loss.detach()), rel=1e-5)
+    others = min(16, 5 * batch - 1)
+    for name in ("top1_visual", "top1_multimodal_audio"):
+        assert 1 / (1 + others) - 1e-6 <= float(result.chances[name]) <= 1 / (0.8 * others)
+    always = []
+    for bias in (-1.0, 1.0):
+        nn.init.constant_(objectives.pair.projection.bias, bias)
+        always.append(float(objectives(model, model.embed(*inputs), _generator()).parts["pair_accuracy"]))
+    assert float(result.chances["pair_accuracy"]) == pytest.approx(max(always))
+
+
 @pytest.mark.parametrize("draws", [1, 3])
 def test_masked_loss_is_that_of_a_plain_float64_loop(draws):
     """With every other segment as a negative there is nothing random about the candidates."""

@@ -50,6 +50,9 @@ def test_a_run_leaves_what_is_promised(whole):
     assert [line["step"] for line in losses] == list(range(1, 10)) and losses[-1]["epoch"] == 3
     assert {"mep_visual", "mep_audio", "mep_multimodal", "pair", "pair_accuracy", "top1_visual", "test_loss",
             "test_masked_top1_visual", "test_masked_top1_multimodal_audio"} <= set().union(*losses)
+    # Two held-out clips of 15 segments: thirty candidates, not the hundred that there might be.
+    assert "masked top-1 of 30 candidates, audio" in printed and printed.count("(chance 3.33 %)") == 4
+    assert losses[-1]["test_chance_masked_top1_audio"] == pytest.approx(1 / 30, abs=1e-6)
     assert "held-out pair accuracy" in printed and str(out) in printed
     assert json.loads((out / "config.json").read_text())["model"]["rank"] == 8
     model = load_checkpoint(out / "checkpoints" / "step-000009" / "model.safetensors").model

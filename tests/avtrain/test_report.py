@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from avtrain.cli import main
 from avtrain.config import config_to, read_config
 from avtrain.errors import AvtrainError
-from avtrain.report import PICTURE_PIXELS, chance_of, write_report
+from avtrain.report import PICTURE_PIXELS, chance_of, held_out_text, write_report
 
 # Three steps of four, the last one evaluated; a batch of two clips may have nothing masked.
 LINES = [
@@ -23,7 +23,8 @@ LINES = [
      "clips_per_s": 19.0, "waiting_share": 0.1, "skipped_steps": 1},
     {"step": 3, "epoch": 1, "loss": 10.5, "pair": 0.6, "pair_accuracy": 1.0, "learning_rate": 1e-5,
      "clips_per_s": 19.0, "waiting_share": 0.1, "skipped_steps": 1, "test_loss": 11.5, "test_mep_visual": 2.5,
-     "test_pair_accuracy": 0.625, "test_masked_top1_audio": 0.0317}]
+     "test_pair_accuracy": 0.625, "test_masked_top1_audio": 0.0317, "test_chance_masked_top1_audio": 0.025,
+     "test_chance_mep_visual": math.log(17), "test_chance_pair_accuracy": 0.5}]
 
 
 @pytest.fixture
@@ -54,7 +55,8 @@ def test_the_page_holds_the_figures_beside_chance_the_settings_and_the_curves(ru
     assert rows["loss"][:2] == ["11.5000", "10.5000"]
     assert rows["mep_visual"] == ["2.5000", "2.9000", f"{math.log(17):.4f}"]
     assert rows["pair_accuracy"] == ["62.5 %", "100.0 %", "50.0 %"]
-    assert rows["masked_top1_audio"] == ["3.2 %", "–", "1.0 %"]
+    assert rows["masked_top1_audio"] == ["3.2 %", "–", "2.5 %"]
+    assert not [name for name in rows if "chance_" in name]
     assert rows["model.rank"] == ["8", "128"] and "data.segments" not in rows
     assert "step 3 of 4" in page and "Held out, at step 3" in page and f"torch {torch.__version__}" in page
     picture = (run / "report.png").read_bytes()
@@ -94,13 +96,23 @@ def test_what_is_no_run_is_said(run, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_chance():
-    config = read_config("tiny")  # 64 negatives from 16 x 15 segments, pairs weighted by 2
-    assert chance_of("test_loss", config) == pytest.approx(4 * math.log(65) + 2 * math.log(2))
-    assert chance_of("pair", config) == pytest.approx(math.log(2))
-    assert chance_of("top1_multimodal_audio", config) == pytest.approx(1 / 65)
-    late = read_config("tiny", ["model.fusion=late", "objectives.mep_visual=0.5"])
-    assert chance_of("loss", late) == pytest.approx(1.5 * math.log(65))
-    few = read_config("tiny", ["training.batch_size=4"])  # 59 others: fewer than 64
-    assert chance_of("mep_audio", few) is None and chance_of("loss", few) is None
-    assert chance_of("clips_per_s", config) is None
+def test_chance_is_what_the_run_recorded():
+    lines = [{"step": step, "loss": 1.0, "chance_loss": 2.0, "chance_top1_audio": 1 / count} for step, count in
+             ((1, 65), (2, 31))]
+    assert chance_of("loss", lines) == 2.0 and chance_of("top1_audio", lines) == 1 / 31  # of the last 5 %
+    lines.append({"step": 3, "loss": 1.0, "test_loss": 1.0, "test_chance_loss": 1.5})
+    assert chance_of("loss", lines) == 1.5
+    assert chance_of("pair_accuracy", lines) is None and chance_of("clips_per_s", lines) is None
+
+
+def test_what_was_found_on_held_out_clips_stands_beside_its_own_chance():
+    figures = {"step": 9, "test_loss": 3.0, "test_chance_loss": 4.0, "test_pair_accuracy": 0.625,
+               "test_chance_pair_accuracy": 0.55, "test_masked_top1_visual": 0.1, "test_masked_top1_audio": 0.25,
+               "test_masked_top1_multimodal_audio": 0.2, "test_chance_masked_top1_visual": 0.01,
+               "test_chance_masked_top1_audio": 1 / 30, "test_chance_masked_top1_multimodal_audio": 1 / 30}
+    assert held_out_text(figures) == [
+        "held-out pair accuracy 62.5 % (chance 55 %)",
+        "held-out masked top-1 of 100 candidates, visual: 10.0 % (chance 1 %)",
+        "held-out masked top-1 of 30 candidates, audio: 25.0 % (chance 3.33 %)",
+        "held-out masked top-1 of 30 candidates, multimodal Transformer, audio: 20.0 % (chance 3.33 %)"]
+    assert held_out_text({}) == []

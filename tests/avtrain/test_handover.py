@@ -1,0 +1,218 @@
+"""Batches that workers can't hand over: an error in one line and soon, never a hang."""
+
+import errno
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from small_eval import NETWORK, invoke, settings
+from torch.utils.data import Dataset
+
+from avtrain.config import read_config
+from avtrain.data import handover
+from avtrain.data.loader import Batch, ClipDataset, batches
+from avtrain.data.order import at_epoch, batches_of, fixed_order
+from avtrain.data.shards import open_folders
+from avtrain.data.views import ViewDataset, ViewItem, Views, collate_rows
+from avtrain.errors import AvtrainError
+
+ROOT = Path(__file__).parents[2]
+MIB = 2**20
+
+
+class _Made(Dataset):
+    """Batches of a size; something befalls the worker that makes the third."""
+
+    def __init__(self, size_bytes=1000, befalls=None):
+        self.size_bytes, self.befalls = size_bytes, befalls
+
+    def batch_bytes(self, at):
+        return 0
+
+    def __getitems__(self, at):
+        if at[0][0] == 2 and self.befalls is not None:
+            self.befalls()
+        nothing = torch.empty(0)
+        return Batch(torch.zeros(self.size_bytes, dtype=torch.uint8), nothing, nothing, nothing, [[0]], [str(at[0][0])])
+
+
+def _items(count):
+    return [[(number, 0)] for number in range(count)]
+
+
+def _keys(dataset, count=6, workers=2):
+    return [batch.keys[0] for batch in batches(dataset, _items(count), workers)]
+
+
+def _in_small_memory(size, code):
+    """Run Python code where /dev/shm is of that size."""
+    def run(*command):
+        script = f"mount -t tmpfs -o size={size} tmpfs /dev/shm && exec \"$@\""
+        return subprocess.run(["unshare", "-m", "sh", "-c", script, "sh", *command], capture_output=True, text=True,
+                              check=False, timeout=60, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    try:
+        probe = run("true")
+    except FileNotFoundError:
+        pytest.skip("no unshare on this system")
+    if probe.returncode:
+        pytest.skip(f"a small /dev/shm can't be mounted here: {probe.stderr.strip()}")
+    return run(sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{code}")
+
+
+def test_nothing_befalls():
+    assert _keys(_Made()) == _keys(_Made(), workers=0) == list("012345") and _keys(_Made(), 0) == []
+
+
+def test_a_full_shared_memory_ends_the_run_with_a_line():
+    done = _in_small_memory("8m", """
+import test_handover as here
+from avtrain.errors import AvtrainError
+try:
+    for batch in here.batches(here._Made(3_000_000), here._items(50), 2):
+        here.time.sleep(0.3)  # a slow step: the workers run ahead
+except AvtrainError as error:
+    print("said:", error)
+""")
+    assert "said: a worker can't hand its batch over through /dev/shm: unable to allocate" in done.stdout, done.stderr
+    assert "No space left" in done.stdout and "--shm-size" in done.stdout and "data.workers=0" in done.stdout
+
+
+def test_no_shared_memory_at_all_is_said_at_the_start():
+    done = _in_small_memory("4k", """
+import test_handover as here
+from avtrain.errors import AvtrainError
+open("/dev/shm/full", "wb").write(bytes(4096))
+try:
+    here._keys(here._Made())
+except AvtrainError as error:
+    print("said:", error)
+""")
+    assert "said: workers can't be started: No space left on device" in done.stdout, done.stderr
+    assert "--shm-size" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["pretrain", "eval", "embed"])
+def test_every_command_looks_for_room_before_it_starts(demo_shards, checkpoint, tmp_path, command):
+    options = {
+        "pretrain": ["--shards", str(demo_shards), "--preset", "tiny", "--out", str(tmp_path / "run")],
+        "eval": ["--task", "demo", "--shards", str(demo_shards.parent), "--init", "random", "--preset", "tiny",
+                 "--out", str(tmp_path / "eval")],
+        "embed": ["--checkpoint", str(checkpoint), "--shards", str(demo_shards / "test"), "-o",
+                  str(tmp_path / "rows.parquet"), "--set", "data.workers=2"]}[command]
+    options += [] if command == "pretrain" else ["--cache", str(tmp_path / "cache")]
+    done = _in_small_memory("300k", f"from avtrain.cli import main; main({[command, '--device', 'cpu', *options]!r})")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "Error: /dev/shm has 0 MiB free, and the batches that workers make ahead can take" in done.stderr
+
+
+@pytest.mark.parametrize(("number", "message"), [
+    (signal.SIGBUS, "ended by SIGBUS, as when /dev/shm is full: give it more"),
+    (signal.SIGKILL, "was killed, as the system does when memory runs out: lower data.workers"),
+    (signal.SIGSEGV, "SIGSEGV")])
+def test_a_worker_that_is_ended_is_an_error_where_its_batch_is_awaited(number, message):
+    before, keys = signal.getsignal(signal.SIGCHLD), []
+    started = time.monotonic()
+    with pytest.raises(AvtrainError, match=message) as caught:
+        for batch in batches(_Made(befalls=lambda: os.kill(os.getpid(), number)), _items(6), 2):
+            time.sleep(0.2)  # torch would raise its own error here
+            keys += batch.keys
+    assert keys in ([], ["0"], ["0", "1"]) and time.monotonic() - started < 15 and "\n" not in str(caught.value)
+    assert signal.getsignal(signal.SIGCHLD) == before
+
+
+def test_what_goes_wrong_in_handing_over_is_said(monkeypatch):
+    for error, message in ((RuntimeError("unable to mmap"), "unable to mmap; give it more"),
+                           (OSError(errno.EMFILE, "Too many open files"), "raise the limit")):
+        def fails(batch, error=error):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(handover, "ForkingPickler", SimpleNamespace(dumps=fails))
+            with pytest.raises(AvtrainError, match=message) as caught:
+                _keys(_Made())
+        # Nor is a worker left while the error, and with it the loader, is held.
+        assert "\n" not in str(caught.value) and not multiprocessing.active_children()
+
+
+def test_faults_of_our_own_are_not_taken_for_a_lost_worker():
+    def fault():
+        raise RuntimeError("a fault")
+
+    with pytest.raises(RuntimeError, match="a fault"):
+        _keys(_Made(befalls=fault))
+
+
+def test_a_shard_that_vanishes_is_said(demo_shards, tmp_path):
+    for path in (demo_shards / "train").glob("*.*"):
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    dataset = ClipDataset(open_folders([str(tmp_path)]), read_config("tiny").data, 0)
+    dataset[fixed_order([1] * 10)[3], 0]
+    (tmp_path / "train-000003.tar").unlink()
+    with pytest.raises(AvtrainError, match="train-000003.tar can't be read any more: No such file"):
+        list(batches(dataset, at_epoch([fixed_order([1] * 10)[3:4]], 0), 1))
+
+
+def test_room_is_what_is_in_flight(monkeypatch):
+    free = SimpleNamespace(f_bavail=10, f_frsize=MIB)
+    monkeypatch.setattr(handover.os, "statvfs", lambda path: free)
+    assert handover.in_flight_bytes(MIB, 0) == 0
+    handover.check_room(handover.in_flight_bytes(2 * MIB, 2))  # two ahead for each worker, and one in use
+    with pytest.raises(AvtrainError, match="has 10 MiB free.* can take 14 MiB"):
+        handover.check_room(handover.in_flight_bytes(2 * MIB, 3))
+
+    def missing(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(handover.os, "statvfs", missing)
+    handover.check_room(10**15)
+
+
+def test_training_and_its_evaluation_have_room_together(demo_shards, tmp_path, monkeypatch):
+    """Each by itself would fit: the second would fail in the middle of the run."""
+    def refuse(wanted_bytes):
+        raise AvtrainError(f"{wanted_bytes} bytes")
+
+    monkeypatch.setattr("avtrain.pretrain.check_room", refuse)
+    monkeypatch.setattr("avtrain.finetune.check_room", refuse)
+    done = invoke("pretrain", "--shards", demo_shards, "--preset", "tiny", "--out", tmp_path / "run", "--device", "cpu",
+                  "--max-steps", 1, *settings(NETWORK), "--set", "data.workers=1", "--set", "training.batch_size=8")
+    of_one = 15 * (3 * 4 * 24**2 + 4 * 80 * 128)
+    assert f"Error: {3 * (8 + 2) * of_one} bytes" in done.output  # eight to train on; the two that are held out
+    done = invoke("eval", "--task", "demo", "--shards", demo_shards.parent, "--init", "random", "--preset", "tiny",
+                  "--protocol", "finetune", "--recipe", "small", "--validation", "0.3", "--out", tmp_path / "eval",
+                  "--device", "cpu", *settings([*NETWORK, "data.workers=1", "transfer.epochs=1"]))
+    assert re.search(r"Error: \d+ bytes", done.output), done.output
+
+
+@pytest.mark.parametrize("modality", ["both", "visual", "audio"])
+@pytest.mark.parametrize("seed", [None, 0])
+def test_a_batch_is_never_larger_than_it_was_said_to_be(demo_shards, modality, seed):
+    folder = open_folders([str(demo_shards / "train")])
+    data = read_config("tiny", ["data.segment_frames=4", f"data.modality={modality}"]).data
+    places = batches_of(fixed_order([1] * 10), 3)[0]
+    items = [(ViewItem(place), 0) for place in places]
+    for dataset, at, collate in (
+            (ClipDataset(folder, data, seed), [(place, 0) for place in places], lambda batch: batch),
+            *((ViewDataset(folder, data, Views(modality, 4, 3 if modality != "audio" else 1, whole), seed), items,
+               collate_rows) for whole in (True, False)),
+            (ViewDataset(folder, data, Views(modality, 4), seed), [(ViewItem(places[0], 2), 0)], collate_rows)):
+        [batch] = batches(dataset, [at], 0, collate)
+        made = sum(tensor.nbytes for tensor in (batch.visual, batch.audio))
+        assert 0.4 * dataset.batch_bytes(at) <= made <= dataset.batch_bytes(at)
+
+
+def test_no_process_is_left():
+    supply = batches(_Made(), _items(50), 2)
+    next(supply)
+    supply.close()
+    assert not multiprocessing.active_children()
