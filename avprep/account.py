@@ -11,8 +11,9 @@ from typing import Any
 
 from avprep import __version__
 from avprep.datasets.source import Listing, Source
-from avprep.errors import SourceFailed
-from avprep.media import Media, ffmpeg_version
+from avprep.errors import Reason, SourceFailed
+from avprep.media import ffmpeg_version
+from avprep.probe import SAME_LENGTH_S, Media
 from avprep.shards import INDEX, write_whole
 from avprep.spec import FORMAT, FORMAT_VERSION, ClipSpec
 
@@ -20,13 +21,14 @@ from avprep.spec import FORMAT, FORMAT_VERSION, ClipSpec
 @dataclass
 class SplitReport:
     """The account of one split. Sources: found = written + skipped + failed; a source of which some clips could not
-    be made counts as failed, its other clips stay."""
+    be made counts as failed, its other clips stay. `other_lengths`: written ones that are not as long as they say."""
 
     folder: Path
     found: int = 0
     written: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
+    other_lengths: int = 0
     clips: int = 0
     clips_s: float = 0.0
     new_clips_s: float = 0.0
@@ -42,7 +44,7 @@ def reason_of(failure: SourceFailed) -> dict[str, str]:
 
 def account(folder: Path, sources: list[Source], media: list[Media | SourceFailed], listing: Listing,
             markers: list[dict[str, Any]]) -> SplitReport:
-    """Write failures.jsonl (one line a source) and skipped.jsonl, and count."""
+    """Write failures.jsonl (one line a source), skipped.jsonl and remarks.jsonl, and count."""
     failures: dict[str, dict[str, Any]] = {}  # by the source's key
     for source, found in zip(sources, media, strict=True):
         if isinstance(found, SourceFailed):
@@ -57,6 +59,12 @@ def account(folder: Path, sources: list[Source], media: list[Media | SourceFaile
             key = failure["source"]
             line = failures.setdefault(key, {**failure, "clips_written": clips_of[key], "clips_failed": 0})
             line["clips_failed"] += 1
+    for source, found in zip(sources, media, strict=True):
+        if isinstance(found, Media) and found.broken_off:
+            failures.setdefault(source.key, {
+                "source": source.key, "path": source.name, "stage": "probe", "reason": Reason.TRUNCATED.value,
+                "detail": f"{found.length_s:.1f} of {found.promised_s:.1f} s are there",
+                "clips_written": clips_of[source.key], "clips_failed": 0})
     report = SplitReport(folder, found=len(sources) + len(listing.skipped), written=len(sources) - len(failures))
     report.skipped.update(entry.reason for entry in listing.skipped)
     report.failed.update(failure["reason"] for failure in failures.values())
@@ -68,7 +76,19 @@ def account(folder: Path, sources: list[Source], media: list[Media | SourceFaile
     _write_lines(folder / "skipped.jsonl", [
         {"path": entry.name, "reason": entry.reason, **({"detail": entry.detail} if entry.detail else {})}
         for entry in listing.skipped])
+    remarks = [remark for source, found in zip(sources, media, strict=True)
+               if isinstance(found, Media) and (remark := _other_length(source, found)) and source.key not in failures]
+    report.other_lengths = len(remarks)
+    _write_lines(folder / "remarks.jsonl", remarks)
     return report
+
+
+def _other_length(source: Source, media: Media) -> dict[str, Any] | None:
+    """What the container promised and what came, where they differ."""
+    if media.promised_s is None or abs(media.promised_s - media.length_s) <= SAME_LENGTH_S:
+        return None
+    return {"path": source.name, "remark": "not as long as its headers say", "promised_s": round(media.promised_s, 3),
+            "came_s": round(media.length_s, 3)}
 
 
 def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
@@ -80,12 +100,14 @@ def write_index(folder: Path, dataset: str, split: str, spec: ClipSpec, listing:
     """Write `index.json`: all that a reader of the shards needs to know (shards/README.md)."""
     clips = [clip for marker in markers for clip in marker["clips"]]
     labels = Counter(label for clip in clips for label in clip["labels"])
+    marks = Counter(mark for clip in clips for mark in clip["marks"])
     counts = {
         "sources_found": report.found, "sources_written": report.written,
         "sources_skipped": dict(sorted(report.skipped.items())), "sources_failed": dict(sorted(report.failed.items())),
         "clips": report.clips, "seconds": round(report.clips_s, 3), "bytes": report.bytes,
         "without_sound": sum("sound" in clip["missing"] for clip in clips),
         "without_picture": sum("picture" in clip["missing"] for clip in clips),
+        "marks": dict(sorted(marks.items())),
         "clips_per_class": [labels[number] for number in range(len(listing.classes))]}
     index = {
         "__kind__": "wids-shard-index-v1", "wids_version": 1,  # the layout of webdataset's shard index

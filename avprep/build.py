@@ -21,8 +21,8 @@ from avprep.datasets import DATASETS, list_split
 from avprep.datasets.folder import SPLIT_NAMES
 from avprep.errors import AvprepError, NothingToBuild, SourceFailed
 from avprep.executors import EXECUTORS
-from avprep.media import Media
 from avprep.plan import ShardTask, shard_tasks, shuffled_rank
+from avprep.probe import Media
 from avprep.probing import probe_all
 from avprep.progress import progress
 from avprep.shards import INDEX, ShardWriter, write_whole
@@ -167,7 +167,7 @@ def _write_shards(tasks: list[ShardTask], folder: Path, split: str,
                     writer.add(result)
                     entries.append({"source": window.source.key, "labels": result.info["labels"],
                                     "length_s": round(result.info["end_s"] - window.start_s, 4),
-                                    "missing": result.info["missing"]})
+                                    "missing": result.info["missing"], "marks": result.info["marks"]})
             if entries:
                 marker_path.unlink(missing_ok=True)  # a kill after finish() must not leave it to vouch for this tar
                 shard = writer.finish()

@@ -123,7 +123,10 @@ def _print_report(title: str, report: SplitReport) -> None:
         click.echo(f"  {report.elapsed_s:.1f} s: {report.new_clips_s / report.elapsed_s:.0f} seconds of video a second")
     else:
         click.echo("  all shards were there already (--force builds anew)")
-    accounts = [name for name, counts in (("failures", report.failed), ("skipped", report.skipped)) if counts]
+    if report.other_lengths:
+        click.echo(f"  {report.other_lengths} of them not as long as their headers say: used as long as they are")
+    accounts = [name for name, counts in (("failures", report.failed), ("skipped", report.skipped),
+                                          ("remarks", report.other_lengths)) if counts]
     click.echo(", ".join([f"  {report.folder}/index.json", *(f"{report.folder}/{name}.jsonl" for name in accounts)]))
 
 
@@ -168,6 +171,8 @@ def _print_index(path: Path, index: dict[str, Any]) -> None:
                f"{counts['without_picture']} without picture")
     click.echo(f"  sources  {counts['sources_found']} found, {counts['sources_written']} written, "
                f"{sum(counts['sources_skipped'].values())} skipped, {sum(counts['sources_failed'].values())} failed")
+    if counts.get("marks"):  # builds before 0.2.0 have none
+        click.echo("  marked   " + ", ".join(f"{count} {mark}" for mark, count in counts["marks"].items()))
     click.echo("  spec     " + ", ".join(f"{name} {value}" for name, value in spec.items()))
     most = max(counts["clips_per_class"], default=0)
     width = max((len(name) for name in index["classes"]), default=0)

@@ -14,7 +14,8 @@ import numpy as np
 from avprep.datasets.source import Source
 from avprep.errors import Reason, SourceFailed
 from avprep.logmel import log_mel
-from avprep.media import FILLED_S, Cut, Media, check_length, cut_clip
+from avprep.media import FILLED_S, Cut, check_length, cut_clip
+from avprep.probe import Media
 from avprep.spec import ClipSpec
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from avprep.datasets.source import printable
 from avprep.errors import AvprepError, Reason, SourceFailed
-from avprep.media import Media, probe
+from avprep.probe import Media, probe
 
 # Reading a header takes milliseconds; a file that states no length is read to its end.
 _TIMEOUT_S = 600.0

@@ -1,4 +1,4 @@
-"""The only door to ffmpeg: probe a file, cut a clip out of it. Its errors leave here as `SourceFailed`."""
+"""The only door to ffmpeg: cut a clip out of a file. Its errors leave here as `SourceFailed`."""
 
 from __future__ import annotations
 
@@ -20,21 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avprep.errors import AvprepError, Reason, SourceFailed
+from avprep.probe import CLOCK_NEW_S, MISSING_S, MISSING_SHARE, Media
 from avprep.sound import Sound, on_time_line
 from avprep.spec import REFERENCE_STEP, ClipSpec
 
 # Files come from strangers: no network or device behind a playlist, no picture that eats the memory.
 _SAFE_INPUT = {"protocol_whitelist": "file", "max_pixels": 8192 * 8192}
-_PROBE_TIMEOUT_S = 30.0
-# What lacks more than this of what was promised was cut off in download.
-_MISSING_SHARE, _MISSING_S = 0.1, 0.5
-# A length in the headers that is this near to that of the packets is the better one: packets of sound overhang.
-_SAME_LENGTH_S = 0.1
-# Time stamps that jump back by more than this, or (where the format allows for it) ahead of all streams, are a new
-# clock's. Where there is one, packets of the old and the new clock come mixed: then a second ahead is a jump too.
-_CLOCK_BACK_S, _CLOCK_AHEAD_S, _CLOCK_NEW_S = 0.1, 10.0, 1.0
-# libav's flags of a format: positions are found by reading from the start; the clock may begin anew.
-_GENERIC_INDEX, _CLOCK_MAY_JUMP = 0x100, 0x200
 # Decoding begins this much before a window: the first packets after a seek often can't be decoded whole.
 _LEAD_S = 1.0
 # Silence of more than this is worth a word.
@@ -45,36 +36,6 @@ _MOST_CHANNELS = 64
 _MIXES = "stereo|" + "|".join(
     f"c{number}<" + "+".join(f"{gain**channel:.6g}*c{channel}" for channel in range(_MOST_CHANNELS))
     for number, gain in enumerate((1.0, 0.8)))
-_HDR_TRANSFERS = frozenset({16, 18})  # PQ (SMPTE 2084) and HLG (ARIB B67), as ITU-T H.273 numbers them
-
-
-@dataclass(frozen=True)
-class Media:
-    """What a file holds: its length and the streams that belong together.
-
-    Attributes:
-        length_s: from the file's first instant to the end of the longer chosen stream.
-        video_index: the best video stream, as its number in the file; None without pictures.
-        audio_index: the sound that goes with it; None without sound.
-        bits_per_s: of the whole file; 0 where unknown.
-        promised_s: the length that the container states; None where it states none.
-        broken_off: the container states more than came, and not as an estimate: the file was cut off in download.
-        clock_restarts: its time stamps begin anew in the middle, so that one time names two places.
-        picture_starts_s: when the first picture comes, from the file's first instant.
-        frames_per_s: pictures for each second, counted; 0 without pictures.
-        hdr: pictures of high dynamic range (PQ or HLG).
-    """
-
-    length_s: float
-    video_index: int | None
-    audio_index: int | None
-    bits_per_s: int
-    promised_s: float | None = None
-    broken_off: bool = False
-    clock_restarts: bool = False
-    picture_starts_s: float = 0.0
-    frames_per_s: float = 0.0
-    hdr: bool = False
 
 
 @lru_cache(maxsize=1)
@@ -99,108 +60,6 @@ def ffmpeg_version() -> str:
     """The version word of `ffmpeg -version`."""
     first_line = subprocess.run([ffmpeg_path(), "-version"], capture_output=True, text=True, check=True).stdout
     return first_line.split()[2]
-
-
-def probe(path: Path) -> Media:
-    """Read a file's headers, and on to its last packet, decoding nothing: headers' lengths are not trusted.
-
-    Raises:
-        SourceFailed: empty, unreadable, without a stream, or of no length.
-    """
-    if path.stat().st_size == 0:
-        raise SourceFailed("probe", Reason.EMPTY)
-    try:
-        with av.open(str(path), timeout=_PROBE_TIMEOUT_S, options={"protocol_whitelist": "file"}) as container:
-            video = _best_video(container)
-            audio = container.streams.best("audio", related=video)
-            streams = [stream for stream in (video, audio) if stream is not None]
-            if not streams:
-                raise SourceFailed("probe", Reason.NO_STREAMS)
-            promised_s = _promised_s(container, streams)
-            counted = _count_packets(container, streams)
-            length_s = promised_s
-            if length_s is None or abs(counted.length_s - length_s) > _SAME_LENGTH_S:
-                length_s = counted.length_s
-            media = Media(length_s, video.index if video else None, audio.index if audio else None,
-                          container.bit_rate or 0, promised_s, _is_broken_off(container, promised_s, length_s),
-                          counted.restarts, counted.picture_starts_s or 0.0,
-                          counted.frames / length_s if length_s > 0 else 0.0,
-                          video is not None and video.codec_context.color_trc in _HDR_TRANSFERS)
-    except av.error.FFmpegError as error:
-        reason = Reason.TIMEOUT if isinstance(error, av.error.ExitError) else Reason.UNREADABLE
-        raise SourceFailed("probe", reason, error.strerror or "") from error
-    if media.length_s <= 0:
-        raise SourceFailed("probe", Reason.NO_LENGTH)
-    return media
-
-
-def _best_video(container: av.container.InputContainer) -> av.video.stream.VideoStream | None:
-    best = container.streams.best("video")
-    # A cover picture in a sound file is no video.
-    if best is None or best.disposition & av.stream.Disposition.attached_pic:
-        return None
-    assert isinstance(best, av.video.stream.VideoStream)
-    return best
-
-
-def _promised_s(container: av.container.InputContainer, streams: list[av.stream.Stream]) -> float | None:
-    start_s = (container.start_time or 0) / av.time_base
-    ends_s = [float(((stream.start_time or 0) + stream.duration) * stream.time_base) - start_s
-              for stream in streams if stream.duration is not None and stream.time_base is not None]
-    if len(ends_s) == len(streams):
-        return max(ends_s)
-    return container.duration / av.time_base if container.duration is not None else None
-
-
-def _is_broken_off(container: av.container.InputContainer, promised_s: float | None, length_s: float) -> bool:
-    """Whether less came than a header promised that knew. Not one: a length guessed from the first packets' bit rate
-    (bare mp3, AAC and the like), and an mp4's, all of whose packets its tables list."""
-    if promised_s is None or container.format.flags & _GENERIC_INDEX or "mp4" in container.format.name.split(","):
-        return False
-    return promised_s - length_s > max(_MISSING_S, _MISSING_SHARE * promised_s)
-
-
-@dataclass
-class _Counted:
-    length_s: float = 0.0
-    picture_starts_s: float | None = None
-    frames: int = 0
-    restarts: bool = False
-
-
-def _count_packets(container: av.container.InputContainer, streams: list[av.stream.Stream]) -> _Counted:
-    """The length by the chosen streams' packets. Where the clock jumps back, or far ahead in a format whose clock may
-    (as a joined transport stream's), time goes on from there, as ffmpeg has it."""
-    counted = _Counted()
-    may_jump = bool(container.format.flags & _CLOCK_MAY_JUMP)
-    start_s = None if container.start_time is None else container.start_time / av.time_base
-    last_s: dict[int, float] = {}  # the end of each stream so far, by its own clock
-    for packet in container.demux(streams):
-        if packet.size == 0 or packet.time_base is None:
-            continue
-        stamp, duration_s = packet.dts if packet.dts is not None else packet.pts, 0.0
-        if packet.duration:
-            duration_s = float(packet.duration * packet.time_base)
-        before_s = last_s.get(packet.stream_index)
-        if stamp is None:  # bare streams count nothing but durations
-            decode_s = show_s = before_s if before_s is not None else start_s or 0.0
-        else:
-            decode_s = float(stamp * packet.time_base)
-            show_s = float((packet.pts if packet.pts is not None else stamp) * packet.time_base)
-        start_s = decode_s if start_s is None else start_s
-        ahead_s = _CLOCK_NEW_S if counted.restarts else _CLOCK_AHEAD_S
-        if before_s is not None and (decode_s < before_s - _CLOCK_BACK_S
-                                     or (may_jump and decode_s > max(last_s.values()) + ahead_s)):
-            counted.restarts = True
-            start_s -= before_s - decode_s  # all that is later counts from the new clock
-            last_s = {index: end_s - (before_s - decode_s) for index, end_s in last_s.items()}
-        last_s[packet.stream_index] = decode_s + duration_s
-        counted.length_s = max(counted.length_s, show_s + duration_s - start_s)
-        if packet.stream.type == "video":
-            counted.frames += 1
-            if counted.picture_starts_s is None:  # keyframe first: no picture is shown before it
-                counted.picture_starts_s = show_s - start_s
-    return counted
 
 
 @dataclass(frozen=True)
@@ -308,7 +167,7 @@ def _cut_from(window: _Window, seek_s: float) -> Cut:
         outputs.append(ffmpeg.output(mixed.filter("aresample", spec.sample_rate_hz), "pipe:1", format="nut",
                                      acodec="pcm_f32le"))
     # A stream that pauses is not to be taken for a new clock: whether there is one is known.
-    jump_s = _CLOCK_NEW_S if media.clock_restarts else 1e6
+    jump_s = CLOCK_NEW_S if media.clock_restarts else 1e6
     command = ffmpeg.merge_outputs(*outputs).global_args(
         "-nostdin", "-dts_delta_threshold", f"{jump_s:g}", "-loglevel", "error",
         "-filter_complex_threads", "1", "-max_error_rate", "0")
@@ -407,6 +266,6 @@ def check_length(picture_s: float, sound_s: float, expected_s: float) -> None:
         SourceFailed: more than a tenth of the window (and more than half a second) is missing from both streams.
     """
     missing_s = expected_s - max(picture_s, sound_s)
-    if missing_s > max(_MISSING_S, _MISSING_SHARE * expected_s) or max(picture_s, sound_s) == 0:
+    if missing_s > max(MISSING_S, MISSING_SHARE * expected_s) or max(picture_s, sound_s) == 0:
         raise SourceFailed("decode", Reason.TRUNCATED,
                            f"{expected_s - missing_s:.1f} of {expected_s:.1f} s could be decoded")

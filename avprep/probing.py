@@ -12,7 +12,7 @@ from avprep.datasets.source import OTHER_FILE, Skipped, Source
 from avprep.errors import SourceFailed
 from avprep.executors import run_local
 from avprep.headers import HeaderReaders
-from avprep.media import Media
+from avprep.probe import Media
 from avprep.progress import progress
 
 _BATCH = 1024

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LONGEST_FILE_LINES = 420
+LONGEST_FILE_LINES = 400
 
 # Floors: a module imports only from floors below its own.
 AVPREP_FLOORS = [
-    {"errors"}, {"spec", "executors", "progress", "sound", "__init__"}, {"datasets", "media", "logmel"}, {"clips"},
+    {"errors"}, {"spec", "executors", "progress", "sound", "probe", "__init__"}, {"datasets", "media", "logmel"},
+    {"clips"},
     {"shards", "plan", "headers"}, {"probing", "account", "demo", "verify", "preview"},
     {"build"}, {"cli"}]
 

@@ -61,7 +61,7 @@ def test_counts_add_up(real_shards):
         "broken/empty.mp4": ("probe", "empty file"),
         "broken/text.mp4": ("probe", "not a readable media file"),
         "broken/no_moov.mp4": ("probe", "not a readable media file"),
-        "broken/cut.mkv": ("decode", "truncated"),
+        "broken/cut.mkv": ("probe", "truncated"),
     }
     assert len((folder / "skipped.jsonl").read_text().splitlines()) == skipped == 1  # README.md
     for part in (f"{files} files found", "5 (", "1 corrupt stream", "seconds of video a second", str(folder)):

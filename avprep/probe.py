@@ -1,0 +1,153 @@
+"""What a file holds, by its headers and packets: streams, length, clock. Nothing is decoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+
+from avprep.errors import Reason, SourceFailed
+
+_TIMEOUT_S = 30.0
+# What lacks more than this of what was promised was cut off in download.
+MISSING_SHARE, MISSING_S = 0.1, 0.5
+# A length in the headers that is this near to that of the packets is the better one: packets of sound overhang.
+SAME_LENGTH_S = 0.1
+# Time stamps that jump back by more than this, or (where the format allows for it) ahead of all streams, are a new
+# clock's. Where there is one, packets of the old and the new clock come mixed: then a second ahead is a jump too.
+_CLOCK_BACK_S, _CLOCK_AHEAD_S, CLOCK_NEW_S = 0.1, 10.0, 1.0
+# libav's flags of a format: positions are found by reading from the start; the clock may begin anew.
+_GENERIC_INDEX, _CLOCK_MAY_JUMP = 0x100, 0x200
+_HDR_TRANSFERS = frozenset({16, 18})  # PQ (SMPTE 2084) and HLG (ARIB B67), as ITU-T H.273 numbers them
+
+
+@dataclass(frozen=True)
+class Media:
+    """What a file holds: its length and the streams that belong together.
+
+    Attributes:
+        length_s: from the file's first instant to the end of the longer chosen stream.
+        video_index: the best video stream, as its number in the file; None without pictures.
+        audio_index: the sound that goes with it; None without sound.
+        bits_per_s: of the whole file; 0 where unknown.
+        promised_s: the length that the container states; None where it states none.
+        broken_off: the container states more than came, and not as an estimate: the file was cut off in download.
+        clock_restarts: its time stamps begin anew in the middle, so that one time names two places.
+        picture_starts_s: when the first picture comes, from the file's first instant.
+        frames_per_s: pictures for each second, counted; 0 without pictures.
+        hdr: pictures of high dynamic range (PQ or HLG).
+    """
+
+    length_s: float
+    video_index: int | None
+    audio_index: int | None
+    bits_per_s: int
+    promised_s: float | None = None
+    broken_off: bool = False
+    clock_restarts: bool = False
+    picture_starts_s: float = 0.0
+    frames_per_s: float = 0.0
+    hdr: bool = False
+
+
+def probe(path: Path) -> Media:
+    """Read a file's headers, and on to its last packet, decoding nothing: headers' lengths are not trusted.
+
+    Raises:
+        SourceFailed: empty, unreadable, without a stream, or of no length.
+    """
+    if path.stat().st_size == 0:
+        raise SourceFailed("probe", Reason.EMPTY)
+    try:
+        with av.open(str(path), timeout=_TIMEOUT_S, options={"protocol_whitelist": "file"}) as container:
+            video = _best_video(container)
+            audio = container.streams.best("audio", related=video)
+            streams = [stream for stream in (video, audio) if stream is not None]
+            if not streams:
+                raise SourceFailed("probe", Reason.NO_STREAMS)
+            promised_s = _promised_s(container, streams)
+            counted = _count_packets(container, streams)
+            length_s = promised_s
+            if length_s is None or abs(counted.length_s - length_s) > SAME_LENGTH_S:
+                length_s = counted.length_s
+            media = Media(length_s, video.index if video else None, audio.index if audio else None,
+                          container.bit_rate or 0, promised_s, _is_broken_off(container, promised_s, length_s),
+                          counted.restarts, counted.picture_starts_s or 0.0,
+                          counted.frames / length_s if length_s > 0 else 0.0,
+                          video is not None and video.codec_context.color_trc in _HDR_TRANSFERS)
+    except av.error.FFmpegError as error:
+        reason = Reason.TIMEOUT if isinstance(error, av.error.ExitError) else Reason.UNREADABLE
+        raise SourceFailed("probe", reason, error.strerror or "") from error
+    if media.length_s <= 0:
+        raise SourceFailed("probe", Reason.NO_LENGTH)
+    return media
+
+
+def _best_video(container: av.container.InputContainer) -> av.video.stream.VideoStream | None:
+    best = container.streams.best("video")
+    # A cover picture in a sound file is no video.
+    if best is None or best.disposition & av.stream.Disposition.attached_pic:
+        return None
+    assert isinstance(best, av.video.stream.VideoStream)
+    return best
+
+
+def _promised_s(container: av.container.InputContainer, streams: list[av.stream.Stream]) -> float | None:
+    start_s = (container.start_time or 0) / av.time_base
+    ends_s = [float(((stream.start_time or 0) + stream.duration) * stream.time_base) - start_s
+              for stream in streams if stream.duration is not None and stream.time_base is not None]
+    if len(ends_s) == len(streams):
+        return max(ends_s)
+    return container.duration / av.time_base if container.duration is not None else None
+
+
+def _is_broken_off(container: av.container.InputContainer, promised_s: float | None, length_s: float) -> bool:
+    """Whether less came than a header promised that knew. Not one: a length guessed from the first packets' bit rate
+    (bare mp3, AAC and the like), and an mp4's, all of whose packets its tables list."""
+    if promised_s is None or container.format.flags & _GENERIC_INDEX or "mp4" in container.format.name.split(","):
+        return False
+    return promised_s - length_s > max(MISSING_S, MISSING_SHARE * promised_s)
+
+
+@dataclass
+class _Counted:
+    length_s: float = 0.0
+    picture_starts_s: float | None = None
+    frames: int = 0
+    restarts: bool = False
+
+
+def _count_packets(container: av.container.InputContainer, streams: list[av.stream.Stream]) -> _Counted:
+    """The length by the chosen streams' packets. Where the clock jumps back, or far ahead in a format whose clock may
+    (as a joined transport stream's), time goes on from there, as ffmpeg has it."""
+    counted = _Counted()
+    may_jump = bool(container.format.flags & _CLOCK_MAY_JUMP)
+    start_s = None if container.start_time is None else container.start_time / av.time_base
+    last_s: dict[int, float] = {}  # the end of each stream so far, by its own clock
+    for packet in container.demux(streams):
+        if packet.size == 0 or packet.time_base is None:
+            continue
+        stamp, duration_s = packet.dts if packet.dts is not None else packet.pts, 0.0
+        if packet.duration:
+            duration_s = float(packet.duration * packet.time_base)
+        before_s = last_s.get(packet.stream_index)
+        if stamp is None:  # bare streams count nothing but durations
+            decode_s = show_s = before_s if before_s is not None else start_s or 0.0
+        else:
+            decode_s = float(stamp * packet.time_base)
+            show_s = float((packet.pts if packet.pts is not None else stamp) * packet.time_base)
+        start_s = decode_s if start_s is None else start_s
+        ahead_s = CLOCK_NEW_S if counted.restarts else _CLOCK_AHEAD_S
+        if before_s is not None and (decode_s < before_s - _CLOCK_BACK_S
+                                     or (may_jump and decode_s > max(last_s.values()) + ahead_s)):
+            counted.restarts = True
+            start_s -= before_s - decode_s  # all that is later counts from the new clock
+            last_s = {index: end_s - (before_s - decode_s) for index, end_s in last_s.items()}
+        last_s[packet.stream_index] = decode_s + duration_s
+        counted.length_s = max(counted.length_s, show_s + duration_s - start_s)
+        if packet.stream.type == "video":
+            counted.frames += 1
+            if counted.picture_starts_s is None:  # keyframe first: no picture is shown before it
+                counted.picture_starts_s = show_s - start_s
+    return counted
