@@ -182,19 +182,49 @@ def _print_index(path: Path, index: dict[str, Any]) -> None:
 
 @main.command()
 @click.argument("shards", type=click.Path(path_type=Path))
-def verify(shards: Path) -> None:
+@click.option("--against", "raw", type=click.Path(path_type=Path), metavar="RAW",
+              help="The folder of raw files: also compare clips with their sources there, in time, level and length.")
+@click.option("--clips", metavar="N", show_default="20",
+              help="With --against: clips of each index to compare, spread over its shards; 0 or all: every one.")
+def verify(shards: Path, raw: Path | None, clips: str | None) -> None:
     """Check shards against their index: checksums, counts, and that every clip can be decoded."""
     from avprep.shards import find_indexes
     from avprep.verify import problems_of
 
-    found = 0
+    compared = _clips_to_compare(raw, clips)
+    found = different = 0
     for path in find_indexes(shards):
         for problem in problems_of(path):
             click.echo(problem)
             found += 1
         click.echo(f"{path}: checked")
+        if raw is not None:
+            from avprep.against import differences, sample
+
+            sampled = sample(path, compared)
+            for problem in differences(sampled, raw):
+                click.echo(problem)
+                different += 1
+            click.echo(f"{path}: {len(sampled)} clips compared with their sources")
     if found:
-        raise click.ClickException(f"{found} problem(s): delete the bad shards and run `avprep build` again")
+        raise click.ClickException(f"{found + different} problem(s): delete the bad shards and run `avprep build` "
+                                   "again")
+    if different:
+        raise click.ClickException(f"{different} problem(s): clips differ from their sources; if {raw} is what they "
+                                   "were made from, build them again with --force")
+
+
+def _clips_to_compare(raw: Path | None, clips: str | None) -> int:
+    """What `--clips` says; 0 for all."""
+    if raw is None and clips is not None:
+        raise AvprepError("--clips says how many clips to compare with their sources: name these with --against RAW")
+    if raw is not None and not raw.is_dir():
+        raise AvprepError(f"{raw} is not a folder: name the one that was given to `avprep build` as --raw")
+    if clips == "all":
+        return 0
+    if clips is not None and not (clips.isascii() and clips.isdigit()):
+        raise AvprepError(f"--clips is {clips}: it must be a number of clips, or all")
+    return 20 if clips is None else int(clips)
 
 
 @main.command()

@@ -128,23 +128,22 @@ def _count_packets(container: av.container.InputContainer, streams: list[av.stre
     for packet in container.demux(streams):
         if packet.size == 0 or packet.time_base is None:
             continue
-        stamp, duration_s = packet.dts if packet.dts is not None else packet.pts, 0.0
-        if packet.duration:
-            duration_s = float(packet.duration * packet.time_base)
-        before_s = last_s.get(packet.stream_index)
-        if stamp is None:  # bare streams count nothing but durations
-            decode_s = show_s = before_s if before_s is not None else start_s or 0.0
-        else:
-            decode_s = float(stamp * packet.time_base)
-            show_s = float((packet.pts if packet.pts is not None else stamp) * packet.time_base)
-        start_s = decode_s if start_s is None else start_s
-        ahead_s = CLOCK_NEW_S if counted.restarts else _CLOCK_AHEAD_S
-        if before_s is not None and (decode_s < before_s - _CLOCK_BACK_S
-                                     or (may_jump and decode_s > max(last_s.values()) + ahead_s)):
-            counted.restarts = True
-            start_s -= before_s - decode_s  # all that is later counts from the new clock
-            last_s = {index: end_s - (before_s - decode_s) for index, end_s in last_s.items()}
-        last_s[packet.stream_index] = decode_s + duration_s
+        duration_s = float((packet.duration or 0) * packet.time_base)
+        show_s = None if packet.pts is None else float(packet.pts * packet.time_base)
+        if packet.dts is not None or show_s is None:  # only decoding's order tells a new clock
+            before_s = last_s.get(packet.stream_index)
+            # Bare streams count nothing but durations.
+            decode_s = before_s or start_s or 0.0 if packet.dts is None else float(packet.dts * packet.time_base)
+            start_s = decode_s if start_s is None else start_s
+            ahead_s = CLOCK_NEW_S if counted.restarts else _CLOCK_AHEAD_S
+            if before_s is not None and (decode_s < before_s - _CLOCK_BACK_S
+                                         or (may_jump and decode_s > max(last_s.values()) + ahead_s)):
+                counted.restarts = True
+                start_s -= before_s - decode_s  # all that is later counts from the new clock
+                last_s = {index: end_s - (before_s - decode_s) for index, end_s in last_s.items()}
+            last_s[packet.stream_index] = decode_s + duration_s
+            show_s = decode_s if show_s is None else show_s
+        start_s = show_s if start_s is None else start_s
         counted.length_s = max(counted.length_s, show_s + duration_s - start_s)
         if packet.stream.type == "video":
             counted.frames += 1

@@ -14,7 +14,8 @@ LONGEST_FILE_LINES = 400
 AVPREP_FLOORS = [
     {"errors"}, {"spec", "executors", "progress", "sound", "probe", "__init__"}, {"datasets", "media", "logmel"},
     {"clips"},
-    {"shards", "plan", "headers"}, {"probing", "account", "demo", "verify", "preview"},
+    {"shards", "plan", "headers"}, {"probing", "account", "demo", "verify", "against",
+                                                "preview"},
     {"build"}, {"cli"}]
 
 AVTRAIN_FLOORS = [

@@ -187,6 +187,15 @@ def test_what_was_promised_and_what_came_is_in_the_account(ffmpeg, master, built
     assert remarks[0]["came_s"] == pytest.approx(40, abs=0.1)
 
 
+def test_pictures_without_a_time_of_decoding_are_no_new_clock(ffmpeg, built, tmp_path):
+    """Matroska states when a picture is shown, not when it is decoded: with B-frames the first have no such time."""
+    ffmpeg(*sound(6), "-itsoffset", 0.54, *picture(5), "-map", 0, "-map", 1, "-c:v", "libx264", "-bf", 3, "-c:a",
+           "pcm_s16le", tmp_path / "raw/x.mkv")
+    [clip], _ = built()
+    assert clip.info["frames"] == 89 and clip.info["sound_s"] == 6.0  # 5.54 and 6 s, not a little more
+    assert not (tmp_path / "out/folder/train/remarks.jsonl").read_text()
+
+
 @pytest.mark.parametrize(("seconds", "lengths_s"), [(30.9, [30]), (32.5, [30, 2.5]), (1.2, [1.2])])
 def test_a_rest_shorter_than_a_segment_is_left_out(ffmpeg, master, built, tmp_path, seconds, lengths_s):
     ffmpeg("-t", seconds, "-i", master, *H264, "-c:a", "pcm_s16le", tmp_path / "raw/x.mkv")
