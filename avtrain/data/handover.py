@@ -83,11 +83,12 @@ def unpacked(loader: DataLoader[Any]) -> Iterator[Any]:
     try:
         while (content := _next(supply, workers)) is not None:
             yield _taken(content, workers)
-    finally:  # now, not when the last traceback that holds the loader is forgotten
+    finally:
         for worker in workers:
             worker.terminate()
+        # Now, not when the last traceback that holds the loader is collected. torch has no public name for it.
+        supply._shutdown_workers()
         for worker in workers:
-            worker.join(_PATIENCE_S)
             worker.kill()
 
 
@@ -112,7 +113,7 @@ def _taken(content: bytes, workers: set[BaseProcess]) -> Any:
         raise (_ended(workers) if any(worker.exitcode for worker in workers) else _not_handed_over(error)) from error
 
 
-def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+def _started(loader: DataLoader[Any]) -> Any:
     """The loader's iterator. Where a worker ends too early is found out when its batch is awaited, within 5 seconds.
 
     torch's own handler of SIGCHLD would raise wherever the main thread is at that moment, in the middle of a step or of

@@ -33,6 +33,9 @@ class _Server(http.server.ThreadingHTTPServer):
         self.files, self.faults, self.seen, self.times_s = files, [], [], []
         self.address = f"http://127.0.0.1:{self.server_port}"
 
+    def handle_error(self, request, client_address):
+        """A client that hangs up is what is tried here."""
+
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *arguments):
