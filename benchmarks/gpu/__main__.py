@@ -1,0 +1,118 @@
+"""`python3 -m benchmarks.gpu`: run from the repository's root under any Python that has torch and numpy."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from avtrain.config import read_config
+from benchmarks.gpu import correct, device, profiled, ranks, resume, shards
+from benchmarks.gpu.report import Report
+from benchmarks.gpu.steps import PLAIN, Bench, Setting
+
+# Part: what it is, its share of the time.
+PARTS = {1: ("versions and ceilings", 0.05), 2: ("correctness", 0.2), 3: ("step time", 0.45),
+         4: ("from shards", 0.15), 5: ("exact resume", 0.08), 6: ("one process under torchrun", 0.07)}
+
+
+def main() -> None:
+    """Measure the parts asked for, as far as the time goes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="1,2,3,4,5,6", help="parts: " + ", ".join(
+        f"{number} {title}" for number, (title, _) in PARTS.items()))
+    parser.add_argument("--reference", type=Path, help="folder with the released code's outputs (avbert_outputs.npz)")
+    parser.add_argument("--out", type=Path, help="JSON file, written anew after every measure")
+    parser.add_argument("--preset", default="paper")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--clips", type=int, nargs="+", default=[8, 16, 4, 24], help="micro-batches; the first is used "
+                        "for comparisons, the second for the best setting")
+    parser.add_argument("--shard-clips", type=int, default=512, help="clips that part 4 makes")
+    parser.add_argument("--measures", nargs="*", help="of part 3: only rows whose names hold one of these texts")
+    options = parser.parse_args()
+    only = sorted(int(part) for part in options.only.split(","))
+    config = read_config(options.preset, options.set)
+    where = torch.device(options.device)
+    report = Report(options.out, 60 * options.minutes, {part: PARTS[part][1] for part in only})
+    report.content |= {"arguments": {name: str(value) for name, value in vars(options).items()}}
+    bench: list[Bench] = []
+
+    def the_bench() -> Bench:
+        if not bench:
+            bench.append(Bench(config, where, max(options.clips)))
+            bench[0].ceiling_tflops = report.content.get("ceiling_tflops", float("nan"))
+        return bench[0]
+
+    best = Setting(clips=options.clips[min(1, len(options.clips) - 1)])
+    with tempfile.TemporaryDirectory() as folder:
+        runs: dict[int, Callable[[], None]] = {
+            1: lambda: ceilings(report, where),
+            2: lambda: correct.run(report, config, where, options.reference),
+            3: lambda: steps(report, the_bench(), options.clips, options.measures),
+            4: lambda: shards.run(report, the_bench(), best, Path(folder), options.shard_clips),
+            5: lambda: resume.run(report, options.preset, options.set, where, Path(folder)),
+            6: lambda: ranks.run(report, options.preset, options.set, where)}
+        for part in only:
+            report.begin(part, PARTS[part][0])
+            try:
+                runs[part]()
+            except Exception as error:  # the other parts still have something to show
+                report.add(PARTS[part][0], {"error": f"{type(error).__name__}: {str(error)[:200]}"})
+
+
+def ceilings(report: Report, where: torch.device) -> None:
+    """Part 1."""
+    report.measure("versions", lambda: device.versions(where))
+    product = report.measure("bfloat16 matrix product", lambda: device.product_ceiling(where))
+    report.measure("copy on the device", lambda: device.copy_ceiling(where))
+    report.content["ceiling_tflops"] = product["tflops"] if product else float("nan")
+
+
+def steps(report: Report, bench: Bench, clips: list[int], measures: list[str] | None) -> None:
+    """Part 3. Each row is a setting; those "plain +" and "all -" differ from the named one by that measure alone."""
+    report.add("work of a training clip", {"tflop": bench.tflop_per_clip})
+    few, many = clips[0], clips[min(1, len(clips) - 1)]
+    everything = Setting(clips=few)
+    plain = Setting(clips=few, forms=PLAIN, fused_optimizer=False, waits=True)
+    form = {name: plain_with for name, plain_with in (
+        ("norm, shortcut and ReLU in one", {"norm": True}), ("2-D (1, k, k)", {"spatial": True}),
+        ("2-D (1, 1, 1)", {"pointwise": "convolution"}), ("linear (1, 1, 1)", {"pointwise": "linear"}),
+        ("2-D stem", {"stem": True}), ("2-D pooling", {"pool": True}), ("3-D (k, 1, 1)", {"temporal": False}))}
+    settings = {
+        "all": everything,
+        f"all, {many} clips": replace(everything, clips=many),
+        "plain (nothing recomputed)": plain,
+        "all, (1, 1, 1) linear": replace(everything, forms={"pointwise": "linear"}),
+        **{f"plain + {name}": replace(plain, forms={**PLAIN, **change}) for name, change in form.items()},
+        "plain + fused AdamW": replace(plain, fused_optimizer=True),
+        "plain + no waiting": replace(plain, waits=False),
+        "plain, contiguous": replace(plain, channels_last=False),
+        "start: 2 segments at once": replace(plain, segments_at_once=2, clips=min(4, few)),
+        "all - norm in one": replace(everything, forms={"norm": False}),
+        "all - 2-D stem": replace(everything, forms={"stem": False}),
+        **{f"all, {count} clips": replace(everything, clips=count) for count in clips[2:]},
+        "all, first stage run again": replace(everything, clips=many, checkpointed=1),
+        "all + cudnn.benchmark": replace(everything, search=True),
+        "all + compiled Transformers": replace(everything, compiled="transformers"),
+        "all - norm in one + compiled blocks": replace(everything, forms={"norm": False}, compiled="blocks"),
+    }
+    needs = {"all + compiled Transformers": 25.0, "all - norm in one + compiled blocks": 60.0,
+             "all + cudnn.benchmark": 20.0}
+    first = 2  # the most valuable rows, then the profile, then all that explains them
+    for index, (name, setting) in enumerate(settings.items()):
+        if index == first and not measures:
+            best = replace(everything, clips=many)
+            report.measure("phases of a step, ms", lambda best=best: profiled.phases(bench, best))
+            report.measure("kernels of a step, ms", lambda best=best: profiled.kernels(bench, best))
+        if not measures or any(text in name for text in measures):
+            report.measure(name, lambda setting=setting: bench.measure(setting), needs.get(name, 3.0))
+
+
+if __name__ == "__main__":
+    main()
