@@ -144,7 +144,8 @@ def trained(bench: Bench, setting: Setting, folder: Path, workers: int, beside: 
         used = (_cpu_seconds() - cpu) / seconds
     batches.close()
     supply.close()
-    return {"workers": workers, "clips": setting.clips, **bench.figures(setting.clips, seconds * setting.clips / clips), "waiting_share": waited / seconds, "cores_used": used,
+    figures = bench.figures(setting.clips, seconds * setting.clips / clips)
+    return {"workers": workers, "clips": setting.clips, **figures, "waiting_share": waited / seconds, "cores_used": used,
             "cpu_s_a_clip": used * seconds / clips}
 
 
