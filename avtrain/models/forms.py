@@ -70,7 +70,8 @@ def convolution(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Seque
     time, *space = weight.shape[2:]
     stride, padding, one = tuple(stride), tuple(padding), list(weight.shape[2:]) == [1, 1, 1]
     if one and stride == (1, 1, 1) and ACTIVE.pointwise == "linear":
-        return F.linear(x.movedim(1, -1), weight.flatten(1)).movedim(-1, 1)
+        mixed: Tensor = F.linear(x.movedim(1, -1), weight.flatten(1))
+        return mixed.movedim(-1, 1)
     if time == 1 and stride[0] == 1 and (ACTIVE.pointwise != "plain" if one else ACTIVE.spatial):
         flat = F.conv2d(frames_apart(x), weight.squeeze(2), stride=stride[1:], padding=padding[1:])
         return frames_joined(flat, len(x))

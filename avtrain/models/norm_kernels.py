@@ -5,6 +5,8 @@ maps are read once for their statistics, then read and written; backwards, read 
 and written. Plain operations move half as much again, because the ReLU is another pass in either direction.
 """
 
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,misc"
+
 from typing import Any
 
 import torch

@@ -22,9 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avtrain.data.loader import Batch
-from avtrain.data.shards import open_folders
-from avtrain.pretrain import EpochBatches
 from benchmarks.gpu.device import synchronize
 from benchmarks.gpu.report import Figures, Report
 from benchmarks.gpu.steps import Bench, Setting
@@ -123,6 +120,9 @@ def drawn_video(number: int, frames: int) -> bytes:
 
 def trained(bench: Bench, setting: Setting, folder: Path, workers: int, beside: bool) -> Figures:
     """Some seconds of training from the shards; the first batches, which fill the queues, don't count."""
+    from avtrain.data.shards import open_folders  # these read media files through packages that may be missing
+    from avtrain.pretrain import EpochBatches
+
     config = replace(bench.config, data=replace(bench.config.data, workers=workers),
                      training=replace(bench.config.training, batch_size=setting.clips, accumulate=1))
     supply = EpochBatches(open_folders([str(folder)], labelled=False), config).starting_at(0, 0)
@@ -145,11 +145,11 @@ def trained(bench: Bench, setting: Setting, folder: Path, workers: int, beside: 
     batches.close()
     supply.close()
     figures = bench.figures(setting.clips, seconds * setting.clips / clips)
-    return {"workers": workers, "clips": setting.clips, **figures, "waiting_share": waited / seconds, "cores_used": used,
-            "cpu_s_a_clip": used * seconds / clips}
+    return {"workers": workers, "clips": setting.clips, **figures, "waiting_share": waited / seconds,
+            "cores_used": used, "cpu_s_a_clip": used * seconds / clips}
 
 
-def _beside(supply: Iterator[Batch], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+def _beside(supply: Iterator[Any], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
     """A thread pins batches and copies them on a stream of their own, two ahead."""
     if device.type != "cuda":
         yield from (one.tensors(device) for one in supply)
