@@ -57,7 +57,8 @@ def frames_apart(x: Tensor) -> Tensor:
 
 def frames_joined(x: Tensor, batch: int) -> Tensor:
     """The inverse of `frames_apart`, a view."""
-    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+    apart: Tensor = x.unflatten(0, (batch, -1))
+    return apart.transpose(1, 2)
 
 
 def convolution(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
