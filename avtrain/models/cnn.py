@@ -8,6 +8,7 @@ Weights, and with them all maps, lie channels-last, which is faster in float32 a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,13 +41,12 @@ class VisualCNN(nn.Module):
 
     def forward(self, segments: Tensor) -> Tensor:
         """(segments, 3, frames, height, width), uint8 or normalised floats -> (segments, outputs)."""
-        pixels = normalized(segments)
-        if forms.ACTIVE.stem and pixels.is_cuda and pixels.shape[3] % 2 == pixels.shape[4] % 2 == 0:
+        if forms.ACTIVE.stem and segments.is_cuda and segments.shape[3] % 2 == segments.shape[4] % 2 == 0:
             weight = self.stem[0].weight
             assert isinstance(weight, Tensor)
-            x = self.stem(forms.stem_convolution(pixels, weight), first=1)
+            x = self.stem(forms.stem_convolution(segments, weight), first=1)
         else:
-            x = self.stem(pixels)  # (segments, width, frames / 2, height / 4, width / 4)
+            x = self.stem(forms.normalized(segments))  # (segments, width, frames / 2, height / 4, width / 4)
         for stage in self.stages:
             x = stage(x)
         pooled: Tensor = x.mean((2, 3, 4))
@@ -87,7 +87,7 @@ class SlowFastCNN(nn.Module):
 
     def forward(self, segments: Tensor) -> Tensor:
         """(segments, 3, frames, height, width), uint8 or normalised floats -> (segments, outputs)."""
-        pixels = normalized(segments)
+        pixels = forms.normalized(segments)
         slow, fast = self.slow_stem(pixels[:, :, ::self.ALPHA]), self.fast_stem(pixels)
         for lateral, slow_stage, fast_stage in zip(self.laterals, self.slow_stages, self.fast_stages, strict=True):
             slow = slow_stage(torch.cat((slow, lateral(fast)), 1))
@@ -144,8 +144,8 @@ class AudioCNN(nn.Module):
 class Chain(nn.Sequential):
     """Modules one after the other; on CUDA, BatchNorm, shortcut and ReLU are one operation."""
 
-    def forward(self, x: Tensor, first: int = 0, shortcut: Tensor | None = None) -> Tensor:
-        """The modules from `first` on; with a shortcut, relu(what they give + shortcut)."""
+    def forward(self, x: Tensor, first: int = 0, shortcut: Tensor | None = None, fork: bool = False) -> Any:
+        """The modules from `first` on; with a shortcut, relu(what they give + shortcut), twice if `fork`."""
         modules = list(self)[first:]
         while modules:
             module = modules.pop(0)
@@ -156,8 +156,9 @@ class Chain(nn.Sequential):
                 modules = modules[int(relu):]
                 x = forms.fused_norm(x, module, None, relu)
             else:
-                return forms.fused_norm(x, module, shortcut, relu=shortcut is not None)
-        return x if shortcut is None else F.relu(x + shortcut, inplace=True)
+                return forms.fused_norm(x, module, shortcut, relu=shortcut is not None, fork=fork)
+        x = x if shortcut is None else F.relu(x + shortcut, inplace=True)
+        return (x, x) if fork else x
 
 
 class Residual(nn.Module):
@@ -167,9 +168,26 @@ class Residual(nn.Module):
         super().__init__()
         self.branch, self.shortcut = branch, shortcut
 
+    def forward(self, x: Tensor, again: Tensor | None = None, fork: bool = False) -> Any:
+        """Same rank in and out; channels and strides as the two parts have them.
+
+        Args:
+            again: `x` once more, for the shortcut, where it was returned twice.
+            fork: whether to return the result twice.
+        """
+        return self.branch(x, shortcut=self.shortcut(x if again is None else again), fork=fork)
+
+
+class Stage(nn.Sequential):
+    """Bottlenecks one after the other; maps are handed on twice, see `forms.Forms.fork`."""
+
     def forward(self, x: Tensor) -> Tensor:
-        """Same rank in and out; channels and strides as the two parts have them."""
-        y: Tensor = self.branch(x, shortcut=self.shortcut(x))
+        """Same rank in and out."""
+        again: Tensor | None = None
+        *blocks, last = self
+        for block in blocks:
+            x, again = block(x, again, fork=True)
+        y: Tensor = last(x, again)
         return y
 
 
@@ -243,7 +261,7 @@ class Pool3d(nn.MaxPool3d):
         return forms.pool(x) if x.is_cuda and forms.ACTIVE.pool else super().forward(x)
 
 
-def stage3d(inputs: int, inner: int, count: int, temporal: int, stride: int) -> nn.Sequential:
+def stage3d(inputs: int, inner: int, count: int, temporal: int, stride: int) -> Stage:
     """`count` bottlenecks: temporal x 1 x 1, then 1 x 3 x 3 with the spatial stride, then 1 x 1 x 1."""
     outputs = inner * EXPANSION
     blocks = []
@@ -256,10 +274,10 @@ def stage3d(inputs: int, inner: int, count: int, temporal: int, stride: int) -> 
         shortcut = Chain(*conv3d(inputs, outputs, (1, 1, 1), steps)) if index == 0 else nn.Identity()
         blocks.append(Residual(branch, shortcut))
         inputs = outputs
-    return nn.Sequential(*blocks)
+    return Stage(*blocks)
 
 
-def stage2d(inputs: int, inner: int, count: int, split: bool) -> nn.Sequential:
+def stage2d(inputs: int, inner: int, count: int, split: bool) -> Stage:
     """`count` bottlenecks, the first of stride 2; `split`: the 3 x 3 convolution as 3 x 1 and 1 x 3."""
     outputs = inner * EXPANSION
     blocks = []
@@ -277,12 +295,7 @@ def stage2d(inputs: int, inner: int, count: int, split: bool) -> nn.Sequential:
         shortcut = Chain(*conv2d(inputs, outputs, (1, 1), (step, step))) if index == 0 else nn.Identity()
         blocks.append(Residual(branch, shortcut))
         inputs = outputs
-    return nn.Sequential(*blocks)
-
-
-def normalized(pixels: Tensor) -> Tensor:
-    """uint8 pixels to floats of about zero mean and unit deviation; floats have been normalised before."""
-    return pixels.float().div_(255).sub_(0.45).div_(0.225) if pixels.dtype == torch.uint8 else pixels
+    return Stage(*blocks)
 
 
 def channels_last(module: nn.Module) -> None:

@@ -34,6 +34,10 @@ class Forms:
     """The stem's pooling as a 2-D one."""
     norm: bool = True
     """BatchNorm, shortcut and ReLU in one pass in training (Triton, where it is installed)."""
+    fork: bool = True
+    """With `norm`, gradients of a map that is used twice are added in the kernels of its BatchNorm."""
+    kernels: bool = True
+    """Kernels of our own (Triton) for the stem's input, from bytes in one pass, and for its pooling."""
 
 
 ACTIVE = Forms()
@@ -84,6 +88,8 @@ def convolution(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Seque
 
 def pool(x: Tensor) -> Tensor:
     """Halves height and width, as the stem's MaxPool3d."""
+    if x.is_cuda and ACTIVE.kernels and x.dtype != torch.float64 and (kernels := _stem_kernels()) is not None:
+        return frames_joined(kernels.Pool.apply(frames_apart(x)), len(x))
     return frames_joined(F.max_pool2d(frames_apart(x), 3, 2, 1), len(x))
 
 
@@ -95,7 +101,7 @@ def stem_convolution(pixels: Tensor, weight: Tensor) -> Tensor:
     over these squares has half the extent, (7 + 1) / 2.
 
     Args:
-        pixels: (batch, 3, frames, height, width), normalised; height and width even.
+        pixels: (batch, 3, frames, height, width), uint8 or normalised floats; height and width even.
         weight: (outputs, 3, k, n, n), k and n odd.
 
     Returns:
@@ -104,56 +110,83 @@ def stem_convolution(pixels: Tensor, weight: Tensor) -> Tensor:
     autocast = torch.is_autocast_enabled(pixels.device.type)
     dtype = torch.get_autocast_dtype(pixels.device.type) if autocast else weight.dtype
     _, colours, taps, extent, _ = weight.shape
-    batch, _, frames, height, width = pixels.shape
     centre, before = extent // 2, (extent // 2) % 2  # zeros before the kernel, so that it starts at an even pixel
     after = (extent + before) % 2
     size, left = (extent + before + after) // 2, (centre + before) // 2
     used = taps * 4 * colours
     channels = -(-used // 8) * 8 if used < 48 else -(-used // 64) * 64
+    if pixels.dtype != torch.uint8:
+        seen = _seen(pixels.to(dtype), taps, left, size, channels)
+    elif pixels.is_cuda and ACTIVE.kernels and dtype != torch.float64 and (kernels := _stem_kernels()) is not None:
+        seen = kernels.packed(pixels, taps, left, size, channels, dtype)
+    else:
+        seen = _seen(normalized(pixels).to(dtype), taps, left, size, channels)
+    kernel = F.pad(weight.to(dtype), (before, after, before, after)).unflatten(4, (-1, 2)).unflatten(3, (-1, 2))
+    kernel = kernel.permute(0, 3, 5, 2, 4, 6, 1).flatten(3)  # (outputs, size, size, taps * 4 * colours)
+    kernel = F.pad(kernel, (0, channels - used)).permute(0, 3, 1, 2)
+    flat = F.conv2d(seen.flatten(0, 1).permute(0, 3, 1, 2), kernel)
+    return frames_joined(flat, len(pixels))
+
+
+def _seen(pixels: Tensor, taps: int, left: int, size: int, channels: int) -> Tensor:
+    """What every output sees, (batch, frames / 2, height / 2 + size - 1, width / 2 + size - 1, channels)."""
+    _, colours, frames, height, width = pixels.shape
     squares = pixels.unflatten(4, (-1, 2)).unflatten(3, (-1, 2))  # (batch, 3, frames, height / 2, 2, width / 2, 2)
-    squares = squares.permute(0, 2, 3, 5, 4, 6, 1).to(dtype).flatten(4)  # (batch, frames, height / 2, width / 2, 12)
+    squares = squares.permute(0, 2, 3, 5, 4, 6, 1).flatten(4)  # (batch, frames, height / 2, width / 2, 12)
     steps, high, wide = (frames + 1) // 2, height // 2, width // 2
-    seen = squares.new_zeros(batch, steps, high + size - 1, wide + size - 1, channels)
+    seen: Tensor = squares.new_zeros(len(pixels), steps, high + size - 1, wide + size - 1, channels)
     for tap in range(taps):
         shift = tap - taps // 2
         first = max(0, (1 - shift) // 2)
         last = min(steps, (frames - 1 - shift) // 2 + 1)
         seen[:, first:last, left:left + high, left:left + wide, tap * 4 * colours:(tap + 1) * 4 * colours] = (
             squares[:, 2 * first + shift:2 * last + shift - 1:2])
-    kernel = F.pad(weight.to(dtype), (before, after, before, after)).unflatten(4, (-1, 2)).unflatten(3, (-1, 2))
-    kernel = kernel.permute(0, 3, 5, 2, 4, 6, 1).flatten(3)  # (outputs, size, size, taps * 4 * colours)
-    kernel = F.pad(kernel, (0, channels - used)).permute(0, 3, 1, 2)
-    flat = F.conv2d(seen.flatten(0, 1).permute(0, 3, 1, 2), kernel)
-    return frames_joined(flat, batch)
+    return seen
+
+
+def normalized(pixels: Tensor) -> Tensor:
+    """uint8 pixels to floats of about zero mean and unit deviation; floats have been normalised before."""
+    return pixels.float().div_(255).sub_(0.45).div_(0.225) if pixels.dtype == torch.uint8 else pixels
 
 
 def norm_is_fused(x: Tensor, norm: _BatchNorm) -> bool:
     """Whether `fused_norm` can take the place of this module and what follows it."""
     return (x.is_cuda and ACTIVE.norm and norm.training and norm.momentum is not None and x.dtype != torch.float64
-            and _kernels() is not None)
+            and _norm_kernels() is not None)
 
 
-def fused_norm(x: Tensor, norm: _BatchNorm, shortcut: Tensor | None, relu: bool) -> Tensor:
+def fused_norm(x: Tensor, norm: _BatchNorm, shortcut: Tensor | None, relu: bool, fork: bool = False) -> Any:
     """relu(norm(x) + shortcut), in training; the ReLU and the shortcut only where they are asked for.
 
     Args:
         x, shortcut: (batch, channels, ...).
         norm: its running statistics move as when it is called.
+        fork: the map is returned twice, for two uses.
     """
-    kernels = _kernels()
+    kernels = _norm_kernels()
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-    y: Tensor = kernels.FusedNorm.apply(
+    y = kernels.FusedNorm.apply(
         kernels.laid_out(x), None if shortcut is None else kernels.laid_out(shortcut), norm.weight, norm.bias,
-        norm.running_mean, norm.running_var, norm.momentum, norm.eps, relu)
-    return y
+        norm.running_mean, norm.running_var, norm.momentum, norm.eps, relu, fork and ACTIVE.fork)
+    return (y, y) if fork and not ACTIVE.fork else y
 
 
 @lru_cache(maxsize=1)
-def _kernels() -> Any:
+def _norm_kernels() -> Any:
     """The module of Triton kernels; None where Triton is not installed."""
     try:
         from avtrain.models import norm_kernels
     except ImportError:
         return None
     return norm_kernels
+
+
+@lru_cache(maxsize=1)
+def _stem_kernels() -> Any:
+    """As `_norm_kernels`."""
+    try:
+        from avtrain.models import stem_kernels
+    except ImportError:
+        return None
+    return stem_kernels

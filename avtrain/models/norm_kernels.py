@@ -2,21 +2,32 @@
 
 Maps are matrices (rows, channels), a row for every place of every segment. The arithmetic is memory traffic: forwards,
 maps are read once for their statistics, then read and written; backwards, read once for two sums a channel, then read
-and written. Plain operations move half as much again, because the ReLU is another pass in either direction.
+and written. Plain operations move half as much again, because the ReLU is another pass in either direction, and so is
+the sum of the gradients of a map that is used twice.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,misc"
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
-_ROWS, _MOST_CHANNELS = 64, 64  # of a program's tile
 _PROGRAMS = 1024  # of a reduction, at most about so many
+
+
+class Tile(NamedTuple):
+    """What a program works on at a time."""
+
+    rows: int = 32
+    most_channels: int = 64
+    warps: int = 4
+
+
+TILE = Tile()
 _SIZES = ["rows", "rows_each", "splits"]  # arguments that kernels are not compiled anew for
 
 
@@ -88,11 +99,12 @@ def _apply(x, shortcut, y, factors, rows, channels, SHORTCUT: tl.constexpr, RELU
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _gradient_sums(x, y, gradient, factors, partial, rows, channels, rows_each, splits, MASK: tl.constexpr,
-                   ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def _gradient_sums(x, y, gradient, other, masked, factors, partial, rows, channels, rows_each, splits,
+                   MASK: tl.constexpr, FORK: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """Sums of the gradient before the ReLU, and of it times (x - mean): partial (2, splits, channels).
 
-    MASK: 0 without ReLU; 1 its sign is recomputed from x; 2 read from y, where there is a shortcut.
+    MASK: 0 without ReLU; 1 its sign is recomputed from x; 2 read from y, where there is a shortcut: then the gradient
+    before the ReLU, which is the shortcut's, is written too. FORK: the gradient is the sum of two.
     """
     split = tl.program_id(0)
     column = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -109,10 +121,15 @@ def _gradient_sums(x, y, gradient, factors, partial, rows, channels, rows_each, 
         at = row[:, None] * channels + column[None, :]
         value = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
         slope = tl.load(gradient + at, mask=there, other=0.0).to(tl.float32)
+        if FORK:
+            slope += tl.load(other + at, mask=there, other=0.0).to(tl.float32)
         if MASK == 1:
             slope = tl.where(value * scale[None, :] + offset[None, :] > 0, slope, 0.0)
         if MASK == 2:
             slope = tl.where(tl.load(y + at, mask=there, other=0.0).to(tl.float32) > 0, slope, 0.0)
+            rounded = slope.to(masked.dtype.element_ty)
+            tl.store(masked + at, rounded, mask=there)
+            slope = rounded.to(tl.float32)
         total += slope
         products += slope * (value - mean[None, :])
     tl.store(partial + split * channels + column, tl.sum(total, 0), mask=inside)
@@ -141,9 +158,9 @@ def _finish_sums(partial, factors, weight_gradient, bias_gradient, slopes, rows,
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _gradients(x, y, gradient, factors, slopes, of_x, of_shortcut, rows, channels, MASK: tl.constexpr,
-               SHORTCUT: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """The gradients of x and of the shortcut."""
+def _gradients(x, gradient, factors, slopes, of_x, rows, channels, MASK: tl.constexpr, ROWS: tl.constexpr,
+               CHANNELS: tl.constexpr):
+    """The gradient of x. MASK: 1 where the ReLU's sign is recomputed from x."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = column < channels
@@ -157,66 +174,65 @@ def _gradients(x, y, gradient, factors, slopes, of_x, of_shortcut, rows, channel
     above = tl.load(gradient + at, mask=there, other=0.0).to(tl.float32)
     if MASK == 1:
         above = tl.where(value * scale[None, :] + offset[None, :] > 0, above, 0.0)
-    if MASK == 2:
-        above = tl.where(tl.load(y + at, mask=there, other=0.0).to(tl.float32) > 0, above, 0.0)
     below = above * scale[None, :] + value * slope[None, :] + constant[None, :]
     tl.store(of_x + at, below.to(of_x.dtype.element_ty), mask=there)
-    if SHORTCUT:
-        tl.store(of_shortcut + at, above.to(of_shortcut.dtype.element_ty), mask=there)
 
 
 class FusedNorm(torch.autograd.Function):
     """relu(batch_norm(x) + shortcut) with the statistics of this batch, which also move the running ones.
 
     Arguments: x (batch, channels, ...), shortcut of the same shape or None, weight, bias, running_mean, running_var,
-    momentum, eps, relu. All maps are dense in channels-last order: see `rows_of`.
+    momentum, eps, relu, fork. Maps are dense in channels-last order: see `laid_out`. With `fork`, which asks for a
+    shortcut and relu, the map is returned twice, so that the gradients of its two uses need no adding beforehand.
     """
 
     @staticmethod
     def forward(context: Any, x: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor,
-                running_var: Tensor, momentum: float, eps: float, relu: bool) -> Tensor:
+                running_var: Tensor, momentum: float, eps: float, relu: bool, fork: bool) -> Any:
         rows, channels = x.numel() // x.shape[1], x.shape[1]
         tile, splits, rows_each = _tiling(rows, channels)
-        columns = triton.cdiv(channels, tile)
+        columns, shape = triton.cdiv(channels, tile), {"ROWS": TILE.rows, "CHANNELS": tile, "num_warps": TILE.warps}
         partial = torch.empty(2, splits, channels, device=x.device)
         factors = torch.empty(4, channels, device=x.device)
-        _moments[(splits, columns)](x, partial, rows, channels, rows_each, splits, ROWS=_ROWS, CHANNELS=tile)
+        _moments[(splits, columns)](x, partial, rows, channels, rows_each, splits, **shape)
         _finish_moments[(triton.cdiv(channels, 16),)](
             x, partial, weight, bias, running_mean, running_var, factors, rows, channels, splits, momentum, eps,
             SPLITS=triton.next_power_of_2(splits), CHANNELS=16)
         y = torch.empty_like(x)
-        _apply[(triton.cdiv(rows, _ROWS), columns)](
+        _apply[(triton.cdiv(rows, TILE.rows), columns)](
             x, x if shortcut is None else shortcut, y, factors, rows, channels, SHORTCUT=shortcut is not None,
-            RELU=relu, ROWS=_ROWS, CHANNELS=tile)
+            RELU=relu, **shape)
         context.mask = 0 if not relu else 1 if shortcut is None else 2
         context.save_for_backward(x, y if context.mask == 2 else None, factors)
         context.with_shortcut = shortcut is not None
-        return y
+        context.set_materialize_grads(False)
+        return (y, y.detach()) if fork else y
 
     @staticmethod
     @once_differentiable
-    def backward(context: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, factors = context.saved_tensors  # type: ignore[attr-defined]
-        mask, with_shortcut = context.mask, context.with_shortcut  # type: ignore[attr-defined]
-        gradient = laid_out(gradient)
+    def backward(context: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [laid_out(gradient) for gradient in gradients if gradient is not None]
+        if not given:
+            return (None,) * 10
+        x, y, factors = context.saved_tensors
+        mask = context.mask
         rows, channels = x.numel() // x.shape[1], x.shape[1]
         tile, splits, rows_each = _tiling(rows, channels)
-        columns = triton.cdiv(channels, tile)
+        columns, shape = triton.cdiv(channels, tile), {"ROWS": TILE.rows, "CHANNELS": tile, "num_warps": TILE.warps}
         partial = torch.empty(2, splits, channels, device=x.device)
         of_weight, of_bias, *slopes = torch.empty(4, channels, device=x.device).split((1, 1, 2))
-        y = x if y is None else y
-        _gradient_sums[(splits, columns)](x, y, gradient, factors, partial, rows, channels, rows_each, splits,
-                                          MASK=mask, ROWS=_ROWS, CHANNELS=tile)
+        masked = torch.empty_like(x) if mask == 2 else given[0]
+        _gradient_sums[(splits, columns)](
+            x, x if y is None else y, given[0], given[-1], masked, factors, partial, rows, channels, rows_each, splits,
+            MASK=mask, FORK=len(given) == 2, **shape)
         _finish_sums[(triton.cdiv(channels, 16),)](
             partial, factors, of_weight, of_bias, slopes[0], rows, channels, splits,
             SPLITS=triton.next_power_of_2(splits), CHANNELS=16)
         of_x = torch.empty_like(x)
-        of_shortcut = torch.empty_like(x) if with_shortcut and mask else None
-        _gradients[(triton.cdiv(rows, _ROWS), columns)](
-            x, y, gradient, factors, slopes[0], of_x, x if of_shortcut is None else of_shortcut, rows, channels,
-            MASK=mask, SHORTCUT=of_shortcut is not None, ROWS=_ROWS, CHANNELS=tile)
-        below = gradient if with_shortcut and not mask else of_shortcut
-        return of_x, below, of_weight[0], of_bias[0], None, None, None, None, None
+        _gradients[(triton.cdiv(rows, TILE.rows), columns)](
+            x, masked, factors, slopes[0], of_x, rows, channels, MASK=mask % 2, **shape)
+        below = masked if context.with_shortcut else None
+        return of_x, below, of_weight[0], of_bias[0], None, None, None, None, None, None
 
 
 def laid_out(x: Tensor) -> Tensor:
@@ -226,7 +242,7 @@ def laid_out(x: Tensor) -> Tensor:
 
 def _tiling(rows: int, channels: int) -> tuple[int, int, int]:
     """(channels of a tile, parts that the rows are reduced in, rows of a part)."""
-    tile = min(_MOST_CHANNELS, triton.next_power_of_2(channels))
-    splits = max(1, min(triton.cdiv(rows, 4 * _ROWS), _PROGRAMS // triton.cdiv(channels, tile)))
-    rows_each = triton.cdiv(triton.cdiv(rows, splits), _ROWS) * _ROWS
+    tile = min(TILE.most_channels, triton.next_power_of_2(channels))
+    splits = max(1, min(triton.cdiv(rows, 4 * TILE.rows), _PROGRAMS // triton.cdiv(channels, tile)))
+    rows_each = triton.cdiv(triton.cdiv(rows, splits), TILE.rows) * TILE.rows
     return tile, triton.cdiv(rows, rows_each), rows_each

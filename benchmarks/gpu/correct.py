@@ -6,7 +6,6 @@ import contextlib
 import csv
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,12 @@ from avtrain.config import Config
 from avtrain.models import forms
 from avtrain.models.avbert import AVBert
 from avtrain.models.cnn import Conv2d, Conv3d
-from avtrain.objectives import Objectives
 from avtrain.released import load_released
 from benchmarks.gpu.report import Figures, Report
 from benchmarks.gpu.steps import PLAIN
+from benchmarks.gpu.whole import half_precision, relative, single_precision
 
-FLOAT32, BFLOAT16_OUTPUTS, BFLOAT16_GRADIENTS, CONVOLUTION = 1e-4, 0.05, 0.5, 0.01  # largest relative errors
+CONVOLUTION = 0.01  # largest relative error
 
 
 @contextlib.contextmanager
@@ -41,75 +40,15 @@ def exact_float32() -> Iterator[None]:
 def run(report: Report, config: Config, device: torch.device, reference: Path | None) -> None:
     """All rows of this part."""
     with exact_float32():
+        half_precision(report, config, device)
         for name, figures in convolutions(config, device):
             report.measure(name, figures)
         if device.type == "cuda":
             report.measure("BatchNorm + shortcut + ReLU in one, against float64", lambda: fused_norms(device))
+            report.measure("stem's input and pooling by our kernels, float32", lambda: stem(device))
         if reference is not None:
             report.measure("the released code's outputs, float32", lambda: released(reference, device))
-        whole = Whole(config, device)
-        on_cpu = torch.device("cpu")
-        report.measure("reference: CPU, float64", lambda: whole.figures(on_cpu, torch.float64, False, PLAIN), 10)
-        report.measure("CPU, float32", lambda: whole.figures(on_cpu, torch.float32, False, PLAIN), 5)
-        for label, form in (("plain forms", PLAIN), ("all forms", {})):
-            report.measure(f"device, float32, {label}",
-                           lambda form=form: whole.figures(device, torch.float32, False, form))
-            report.measure(f"device, bfloat16, {label}",
-                           lambda form=form: whole.figures(device, torch.float32, True, form))
-
-
-class Whole:
-    """Outputs, loss and gradients of a small batch; the first that are asked for are what the others are compared to.
-
-    Without dropout; negatives are drawn alike for all, not by distance, whose order rounding may change.
-    """
-
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self._config = replace(config, model=replace(config.model, dropout=0.0, segments_at_once=0),
-                               objectives=replace(config.objectives, sampling="random", draws=1))
-        self._reference: dict[str, Tensor] | None = None
-
-    def figures(self, device: torch.device, dtype: torch.dtype, autocast: bool, form: dict[str, Any]) -> Figures:
-        """Relative errors: of the worst output, the loss, all gradients as one vector, and the worst parameter's."""
-        with forms.using(**form):
-            found = self._computed(device, dtype, autocast)
-        if self._reference is None:
-            self._reference = found
-            return {"loss": float(found["loss"])}
-        errors = {name: relative(value, self._reference[name]) for name, value in found.items()}
-        outputs = max(error for name, error in errors.items() if name.startswith("output"))
-        gradients = relative(*(torch.cat([values[name].flatten() for name in found if name.startswith("gradient")])
-                               for values in (found, self._reference)))
-        limits = (BFLOAT16_OUTPUTS, BFLOAT16_GRADIENTS) if autocast else (FLOAT32, FLOAT32)
-        worst = max((name for name in errors if name.startswith("gradient")), key=lambda name: errors[name])
-        return {"outputs": outputs, "loss": errors["loss"], "gradients": gradients,
-                "worst": {worst: errors[worst]}, "ok": outputs <= limits[0] and gradients <= limits[1]}
-
-    def _computed(self, device: torch.device, dtype: torch.dtype, autocast: bool) -> dict[str, Tensor]:
-        data = self._config.data
-        torch.manual_seed(3)
-        model = AVBert(self._config.model)
-        objectives = Objectives(self._config.model, self._config.objectives)
-        clips, segments = 2, 3
-        visual = torch.randn(clips, segments, 3, data.segment_frames, data.crop, data.crop)
-        audio = torch.randn(clips, segments, 1, data.mels, data.mel_frames)
-        model, objectives = model.to(device, dtype).train(), objectives.to(device, dtype).train()
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            embedded = model.embed(visual.to(device, dtype), audio.to(device, dtype))
-            result = objectives(model, embedded, torch.Generator().manual_seed(4))
-        result.loss.backward()
-        local = embedded[0]
-        found = {"loss": result.loss, "output.visual": local.visual_local, "output.audio": local.audio_local}
-        for module in (model, objectives):
-            found |= {f"gradient.{name}": parameter.grad for name, parameter in module.named_parameters()
-                      if parameter.grad is not None}
-        return {name: value.detach().double().cpu() for name, value in found.items()}
-
-
-def relative(value: Tensor, reference: Tensor) -> float:
-    """The error's norm in parts of the reference's."""
-    value, reference = value.detach(), reference.detach()
-    return float((value - reference).norm() / reference.norm().clamp(min=1e-30))
+        single_precision(report, config, device)
 
 
 def released(reference: Path, device: torch.device) -> Figures:
@@ -216,13 +155,35 @@ def fused_norms(device: torch.device) -> Figures:
         for shape in ((4, 64, 8, 28, 28), (3, 2048, 4, 4, 4), (2, 32, 80, 128)):
             for with_shortcut in (False, True):
                 for relu in (False, True):
-                    name = f"{dtype}"[6:]
-                    errors[name] = max(errors.get(name, 0.0), _norm_error(shape, dtype, with_shortcut, relu, device))
+                    for fork in (False, True) if with_shortcut and relu else (False,):
+                        error = _norm_error(shape, dtype, with_shortcut, relu, fork, device)
+                        name = f"{dtype}"[6:]
+                        errors[name] = max(errors.get(name, 0.0), error)
     return {**errors, "ok": errors["float32"] < 1e-5 and errors["bfloat16"] < 1e-2}
 
 
+def stem(device: torch.device) -> Figures:
+    """Our kernels for the stem's input and its pooling against torch's: largest relative errors."""
+    pixels = torch.randint(0, 256, (3, 3, 32, 112, 112), dtype=torch.uint8, device=device)
+    weight = torch.randn(64, 3, 5, 7, 7, device=device) * 0.03
+    outputs = []
+    for kernels in (True, False):
+        with forms.using(kernels=kernels):
+            outputs.append(forms.stem_convolution(pixels, weight))
+    x = outputs[1].relu().detach().requires_grad_()
+    pooled, gradients = [], []
+    for kernels in (True, False):
+        with forms.using(kernels=kernels):
+            pooled.append(forms.pool(x))
+        torch.manual_seed(1)
+        gradients.append(torch.autograd.grad(pooled[-1], x, torch.randn(pooled[-1].shape, device=device))[0])
+    errors = {name: relative(*pair) for name, pair in (("input", outputs), ("pooling", pooled),
+                                                       ("pooling_gradient", gradients))}
+    return {**errors, "ok": max(errors.values()) < 1e-5}
+
+
 def _norm_error(shape: tuple[int, ...], dtype: torch.dtype, with_shortcut: bool, relu: bool,
-                device: torch.device) -> float:
+                fork: bool, device: torch.device) -> float:
     norm = (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm3d)(shape[1]).to(device)
     nn.init.normal_(norm.weight, 1, 0.2)
     nn.init.normal_(norm.bias, 0, 0.2)
@@ -232,13 +193,15 @@ def _norm_error(shape: tuple[int, ...], dtype: torch.dtype, with_shortcut: bool,
     shortcut = torch.randn(shape, device=device).to(dtype).requires_grad_() if with_shortcut else None
     inputs = [tensor for tensor in (x, shortcut) if tensor is not None]
     doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    y = forms.fused_norm(x, norm, shortcut, relu)
+    y = forms.fused_norm(x, norm, shortcut, relu, fork)
+    outputs = y if fork else (y,)
+    y = outputs[0]
     wanted = exact(doubles[0]) + (doubles[1] if with_shortcut else 0)
     if relu:  # by our own mask: near zero, rounding decides
         wanted = wanted * (y > 0)
-    gradient = torch.randn(shape, device=device).to(dtype)
-    y.backward(gradient)
-    wanted.backward(gradient.double())
+    gradients = [torch.randn(shape, device=device).to(dtype) for _ in outputs]
+    torch.autograd.backward(outputs, gradients)
+    wanted.backward(sum(gradient.double() for gradient in gradients))
     pairs = [(y, wanted), (norm.weight.grad, exact.weight.grad), (norm.bias.grad, exact.bias.grad),
              (norm.running_mean, exact.running_mean), (norm.running_var, exact.running_var),
              *((one.grad, other.grad) for one, other in zip(inputs, doubles, strict=True))]

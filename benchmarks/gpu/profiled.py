@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import re
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.device import synchronize
 from benchmarks.gpu.report import Figures
-from benchmarks.gpu.steps import Bench, Setting
+from benchmarks.gpu.steps import Bench, Setting, is_annotation
 
 _STEPS = 3
 # The first pattern that a kernel's name matches is its group.
 _GROUPS = (
     ("norm, shortcut, ReLU (ours)", r"^_(moments|finish|apply|gradient)"),
+    ("stem's input and pooling (ours)", r"^_(pack|pool|unpool)"),
     ("batch norm", r"batch_?norm|bn_fw|bn_bw"),
     ("pooling", r"pool"),
     ("convolution, weight gradient", r"wgrad|backward_filter|backwardfilter"),
@@ -32,11 +32,6 @@ _GROUPS = (
     ("elementwise", r"elementwise|vectorized|triton_poi|triton_red|triton_per"),
     ("reductions", r"reduce"),
 )
-
-
-def _is_annotation(event: Any) -> bool:
-    """Ranges of the profiler's own, that lie over kernels."""
-    return getattr(event, "is_user_annotation", False) or event.name.startswith(("Optimizer.", "ProfilerStep"))
 
 
 def phases(bench: Bench, setting: Setting) -> Figures:
@@ -79,7 +74,7 @@ def kernels(bench: Bench, setting: Setting) -> Figures:
             synchronize(bench.device)
     of_kernel: dict[str, tuple[float, int]] = {}
     for event in found.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA and not _is_annotation(event):
+        if event.device_type == torch.autograd.DeviceType.CUDA and not is_annotation(event):
             ms, count = of_kernel.get(event.name, (0.0, 0))
             of_kernel[event.name] = (ms + event.time_range.elapsed_us() / 1000 / _STEPS, count + 1)
     groups: dict[str, float] = {}
@@ -87,8 +82,10 @@ def kernels(bench: Bench, setting: Setting) -> Figures:
         group = next((group for group, pattern in _GROUPS if re.search(pattern, name.lower())), "other")
         groups[group] = groups.get(group, 0.0) + ms
     busy_ms = sum(groups.values())
+    launched = {"cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch"}
+    calls = sum(event.name in launched for event in found.events())
     longest = sorted(of_kernel.items(), key=lambda item: -item[1][0])[:60]
     return {"step_ms": wall_ms, "kernels_ms": busy_ms, "idle_share": 1 - busy_ms / wall_ms,
-            "launches": sum(count for _, count in of_kernel.values()) // _STEPS,
+            "host_launches": calls // _STEPS, "kernels": sum(count for _, count in of_kernel.values()) // _STEPS,
             **{group: ms for group, ms in sorted(groups.items(), key=lambda item: -item[1])},
             "longest": [[name[:160], round(ms, 3), count // _STEPS] for name, (ms, count) in longest]}

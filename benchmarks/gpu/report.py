@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +51,20 @@ class Report:
             part.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
             part.replace(self._out)
 
-    def measure(self, name: str, function: Callable[[], Figures], needs_s: float = 1.0) -> Figures | None:
-        """A row of what the function gives, or of why it could not; passed over where its part's time is used up."""
+    def measure(self, name: str, function: Callable[[], Figures], needs_s: float = 1.0,
+                limit_s: float = 0.0) -> Figures | None:
+        """A row of what the function gives, or of why it could not; passed over where its part's time is used up.
+
+        Args:
+            limit_s: the function is ended after so many seconds (0: never).
+        """
         if self.left() < needs_s:
             self.add(name, {"passed_over": "no time left"})
             return None
         began = time.monotonic()
         try:
-            figures = function()
+            with _limited(limit_s):
+                figures = function()
         except Exception as error:  # one measure that fails, however it does, must not cost the others
             text = str(error).strip().splitlines()
             self.add(name, {"error": f"{type(error).__name__}: {text[0][:160] if text else ''}",
@@ -64,6 +72,20 @@ class Report:
             return None
         self.add(name, {**figures, "took_s": time.monotonic() - began})
         return figures
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    def end(number: int, frame: object) -> None:
+        raise TimeoutError(f"not done after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _shown(value: Any) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,12 +22,14 @@ from avtrain.config import Config
 from avtrain.engine import parameter_groups
 from avtrain.models import forms
 from avtrain.models.avbert import AVBert
-from avtrain.models.cnn import Residual
+from avtrain.models.cnn import Residual, Stage
+from avtrain.models.graphs import capture
 from avtrain.objectives import Objectives
 from benchmarks.gpu.device import NOMINAL_TFLOPS, synchronize
 from benchmarks.gpu.report import Figures
 
-PLAIN = {"temporal": True, "spatial": False, "pointwise": "plain", "stem": False, "pool": False, "norm": False}
+PLAIN = {"temporal": True, "spatial": False, "pointwise": "plain", "stem": False, "pool": False, "norm": False,
+         "fork": False, "kernels": False}
 _COUNTED = 2  # segments
 Mark = Callable[[str], None]
 
@@ -43,8 +46,10 @@ class Setting:
         channels_last: layout of the CNNs.
         search: cudnn.benchmark.
         fused_optimizer: AdamW in one kernel.
-        waits: figures and checks are read by the host in every step, as the loop did at first.
-        compiled: "" or "blocks", "transformers".
+        waits: figures and checks are read by the host in every step, as the loop did at first; and which segments are
+            present too.
+        compiled: "" or "blocks" (of the CNNs), "stages", "transformers".
+        graphed: "" or "cnns", "all" (Transformers too): CUDA graphs of them.
         deterministic: only deterministic kernels.
         precision: of autocast; None: float32.
     """
@@ -58,6 +63,7 @@ class Setting:
     fused_optimizer: bool = True
     waits: bool = False
     compiled: str = ""
+    graphed: str = ""
     deterministic: bool = False
     precision: torch.dtype | None = torch.bfloat16
 
@@ -78,6 +84,8 @@ class Bench:
         self.batch = random_batch(config, most_clips, device)
         self.tflop_per_clip = training_flop(config) / 1e12
         self.ceiling_tflops = math.nan  # measured in part 1
+        self.best: Setting | None = None  # the fastest that was measured
+        self._best_rate = 0.0
 
     def modules(self, setting: Setting) -> tuple[AVBert, Objectives]:
         """The network at its start values, in training mode."""
@@ -92,7 +100,7 @@ class Bench:
             stage.forward = _rerun(stage.forward)  # type: ignore[method-assign]
         if setting.compiled:
             torch._dynamo.config.cache_size_limit = 256
-            kinds = {"blocks": Residual, "transformers": type(model.encoder.stacks[0][0])}  # type: ignore[index]
+            kinds = {"blocks": Residual, "stages": Stage, "transformers": type(model.encoder.stacks[0][0])}  # type: ignore[index]
             for module in model.modules():
                 if isinstance(module, kinds[setting.compiled]):
                     module.compile(dynamic=False)
@@ -102,6 +110,9 @@ class Bench:
     def running(self, setting: Setting) -> Iterator[Step]:
         """A step in that setting; the device's memory is free again afterwards."""
         before = torch.backends.cudnn.benchmark
+        gc.collect()  # graphs hold their memory until they are gone, and stand in rings
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         try:
             with ExitStack() as stack:
                 stack.enter_context(forms.using(**setting.forms))
@@ -117,8 +128,12 @@ class Bench:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def measure(self, setting: Setting, seconds: float = 1.5, least: int = 3) -> Figures:
-        """Milliseconds a step, clips/s, share of the peak, peak memory."""
+    def measure(self, setting: Setting, profiled: bool = False) -> Figures:
+        """Milliseconds a step, clips/s, share of the peak, peak memory.
+
+        Args:
+            profiled: also the milliseconds that the device spends in kernels; the host is slower from then on.
+        """
         with self.running(setting) as step:
             began = perf_counter()
             batch = tuple(tensor[:setting.clips] for tensor in self.batch)
@@ -129,12 +144,16 @@ class Bench:
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
             taken: list[float] = []
-            while len(taken) < least or (sum(taken) < seconds and len(taken) < 30):
+            while len(taken) < 3 or (sum(taken) < 1 and len(taken) < 30):
                 began = perf_counter()
                 step(batch)
                 synchronize(self.device)
                 taken.append(perf_counter() - began)
-            return {"clips": setting.clips, **self.figures(setting.clips, statistics.median(taken)),
+            busy = {"kernels_ms": kernels_ms(lambda: step(batch))} if profiled and self.device.type == "cuda" else {}
+            figures = self.figures(setting.clips, statistics.median(taken))
+            if figures["clips_per_s"] > self._best_rate:
+                self.best, self._best_rate = setting, figures["clips_per_s"]
+            return {"clips": setting.clips, **figures, **busy,
                     "peak_gib": self.peak_gib(), "warm_up_s": warm_up_s, "steps": len(taken),
                     "first_loss": float(loss)}
 
@@ -164,13 +183,17 @@ class Step:
         self._buffers = [buffer for module in (self.model, self.objectives) for buffer in module.buffers()]
         self._good = [buffer.clone() for buffer in self._buffers]
         self._generator = torch.Generator().manual_seed(1)
+        if setting.graphed and bench.device.type == "cuda":
+            visual, audio = (part[:setting.clips] for part in bench.batch[:2])
+            capture(self.model, visual, audio, bench.config.objectives.draws, setting.precision,
+                    setting.graphed == "all")
         torch.manual_seed(5)  # the same dropout in every setting, so that first losses can be compared
 
     def __call__(self, batch: tuple[Tensor, ...], mark: Mark = lambda name: None) -> Tensor:
         waits, clip = self._setting.waits, self._bench.config.training.clip_norm or math.inf
         with torch.autocast(self._bench.device.type, self._setting.precision,
                             enabled=self._setting.precision is not None):
-            embedded = self.model.embed(*batch)
+            embedded = self.model.embed(*(batch if waits else batch[:2]))
             mark("CNNs, forward")
             result = self.objectives(self.model, embedded, self._generator)
         mark("Transformers and objectives, forward")
@@ -190,6 +213,20 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         mark("clipping and optimiser")
         return result.loss.detach()
+
+
+def kernels_ms(function: Callable[[], object]) -> float:
+    """Milliseconds that the device spends in kernels during a call."""
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        function()
+        torch.cuda.synchronize()
+    return sum(event.time_range.elapsed_us() for event in found.events()
+               if event.device_type == torch.autograd.DeviceType.CUDA and not is_annotation(event)) / 1000
+
+
+def is_annotation(event: Any) -> bool:
+    """Ranges of the profiler's own, that lie over kernels."""
+    return getattr(event, "is_user_annotation", False) or event.name.startswith(("Optimizer.", "ProfilerStep"))
 
 
 def _rerun(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
