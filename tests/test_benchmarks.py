@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +74,24 @@ def test_ablations(demo_shards, tmp_path):
     parameters = [float(row[2].replace(",", "")) for row in rows[-4:]]
     assert parameters == sorted(parameters, reverse=True)
     assert (tmp_path / "ablations.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_gpu_runs_whole_on_a_cpu(shared_or_none, tmp_path):
+    out = tmp_path / "gpu.json"
+    reference = ["--reference", shared_or_none / "reference"] if shared_or_none else []
+    printed = _run("gpu", "--device", "cpu", "--preset", "tiny", "--set", "model.visual_width=8", "--set",
+                   "model.audio_width=8", "--set", "data.segments=3", "--set", "data.segment_frames=4", "--minutes", 10,
+                   "--clips", 2, 3, "--shard-clips", 6, "--measures", "all, 3 clips", "start", "--out", out, *reference)
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["part"] for row in rows} == {1, 2, 3, 4, 5, 6}
+    assert not [row for row in rows if "error" in row or "passed_over" in row or not row.get("ok", True)]
+    assert all(row["name"] in printed for row in rows)
+    steps = {row["name"]: row for row in rows if row["part"] == 3}
+    assert steps["all, 3 clips"]["clips_per_s"] > 0 and "start: 2 segments at once; with kernels" in steps
+
+
+@pytest.fixture
+def shared_or_none():
+    folder = Path(os.environ.get("AV_SHARED", ROOT.parent / "shared"))
+    return folder if (folder / "reference").is_dir() else None

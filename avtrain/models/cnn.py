@@ -8,10 +8,13 @@ Weights, and with them all maps, lie channels-last, which is faster in float32 a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from avtrain.models import forms
 
 EXPANSION = 4  # a bottleneck's outputs per inner channel
 
@@ -27,7 +30,7 @@ class VisualCNN(nn.Module):
     def __init__(self, width: int, blocks: Sequence[int]) -> None:
         super().__init__()
         self.outputs = width * EXPANSION * 2 ** (len(blocks) - 1)
-        self.stem = nn.Sequential(*conv3d(3, width, (5, 7, 7), (2, 2, 2)), nn.ReLU(inplace=True), pool3d())
+        self.stem = Chain(*conv3d(3, width, (5, 7, 7), (2, 2, 2)), nn.ReLU(inplace=True), Pool3d())
         self.stages = nn.ModuleList()
         inputs = width
         for index, count in enumerate(blocks):
@@ -38,7 +41,12 @@ class VisualCNN(nn.Module):
 
     def forward(self, segments: Tensor) -> Tensor:
         """(segments, 3, frames, height, width), uint8 or normalised floats -> (segments, outputs)."""
-        x = self.stem(normalized(segments))  # (segments, width, frames / 2, height / 4, width / 4)
+        if forms.ACTIVE.stem and segments.is_cuda and segments.shape[3] % 2 == segments.shape[4] % 2 == 0:
+            weight = self.stem[0].weight
+            assert isinstance(weight, Tensor)
+            x = self.stem(forms.stem_convolution(segments, weight), first=1)
+        else:
+            x = self.stem(forms.normalized(segments))  # (segments, width, frames / 2, height / 4, width / 4)
         for stage in self.stages:
             x = stage(x)
         pooled: Tensor = x.mean((2, 3, 4))
@@ -64,14 +72,13 @@ class SlowFastCNN(nn.Module):
         super().__init__()
         fast_width = width // self.BETA
         self.outputs = (width + fast_width) * EXPANSION * 2 ** (len(blocks) - 1)
-        self.slow_stem = nn.Sequential(*conv3d(3, width, (1, 7, 7), (1, 2, 2)), nn.ReLU(inplace=True), pool3d())
-        self.fast_stem = nn.Sequential(*conv3d(3, fast_width, (5, 7, 7), (1, 2, 2)), nn.ReLU(inplace=True), pool3d())
+        self.slow_stem = Chain(*conv3d(3, width, (1, 7, 7), (1, 2, 2)), nn.ReLU(inplace=True), Pool3d())
+        self.fast_stem = Chain(*conv3d(3, fast_width, (5, 7, 7), (1, 2, 2)), nn.ReLU(inplace=True), Pool3d())
         self.laterals, self.slow_stages, self.fast_stages = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         slow, fast = width, fast_width
         for index, count in enumerate(blocks):
             lateral = 2 * fast
-            self.laterals.append(nn.Sequential(*conv3d(fast, lateral, (5, 1, 1), (self.ALPHA, 1, 1)),
-                                               nn.ReLU(inplace=True)))
+            self.laterals.append(Chain(*conv3d(fast, lateral, (5, 1, 1), (self.ALPHA, 1, 1)), nn.ReLU(inplace=True)))
             stride, temporal = 1 if index == 0 else 2, 1 if index < 2 else 3
             self.slow_stages.append(stage3d(slow + lateral, width * 2 ** index, count, temporal, stride))
             self.fast_stages.append(stage3d(fast, fast_width * 2 ** index, count, 3, stride))
@@ -80,7 +87,7 @@ class SlowFastCNN(nn.Module):
 
     def forward(self, segments: Tensor) -> Tensor:
         """(segments, 3, frames, height, width), uint8 or normalised floats -> (segments, outputs)."""
-        pixels = normalized(segments)
+        pixels = forms.normalized(segments)
         slow, fast = self.slow_stem(pixels[:, :, ::self.ALPHA]), self.fast_stem(pixels)
         for lateral, slow_stage, fast_stage in zip(self.laterals, self.slow_stages, self.fast_stages, strict=True):
             slow = slow_stage(torch.cat((slow, lateral(fast)), 1))
@@ -104,7 +111,7 @@ class AudioCNN(nn.Module):
         super().__init__()
         self.mean, self.deviation = mean, deviation
         self.outputs = width * EXPANSION * 2 ** (len(blocks) - 1)
-        self.stem = nn.Sequential(
+        self.stem = Chain(
             *conv2d(1, width, (9, 1), (stem_stride, 1)), nn.ReLU(inplace=True),
             *conv2d(width, width, (1, 9), (1, stem_stride)), nn.ReLU(inplace=True))
         self.stages = nn.ModuleList()
@@ -134,6 +141,26 @@ class AudioCNN(nn.Module):
         return pooled
 
 
+class Chain(nn.Sequential):
+    """Modules one after the other; on CUDA, BatchNorm, shortcut and ReLU are one operation."""
+
+    def forward(self, x: Tensor, first: int = 0, shortcut: Tensor | None = None, fork: bool = False) -> Any:
+        """The modules from `first` on; with a shortcut, relu(what they give + shortcut), twice if `fork`."""
+        modules = list(self)[first:]
+        while modules:
+            module = modules.pop(0)
+            if not isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d) or not forms.norm_is_fused(x, module):
+                x = module(x)
+            elif modules:
+                relu = isinstance(modules[0], nn.ReLU)
+                modules = modules[int(relu):]
+                x = forms.fused_norm(x, module, None, relu)
+            else:
+                return forms.fused_norm(x, module, shortcut, relu=shortcut is not None, fork=fork)
+        x = x if shortcut is None else F.relu(x + shortcut, inplace=True)
+        return (x, x) if fork else x
+
+
 class Residual(nn.Module):
     """relu(branch(x) + shortcut(x))."""
 
@@ -141,9 +168,27 @@ class Residual(nn.Module):
         super().__init__()
         self.branch, self.shortcut = branch, shortcut
 
+    def forward(self, x: Tensor, again: Tensor | None = None, fork: bool = False) -> Any:
+        """Same rank in and out; channels and strides as the two parts have them.
+
+        Args:
+            again: `x` once more, for the shortcut, where it was returned twice.
+            fork: whether to return the result twice.
+        """
+        return self.branch(x, shortcut=self.shortcut(x if again is None else again), fork=fork)
+
+
+class Stage(nn.Sequential):
+    """Bottlenecks one after the other; maps are handed on twice, see `forms.Forms.fork`."""
+
     def forward(self, x: Tensor) -> Tensor:
-        """Same rank in and out; channels and strides as the two parts have them."""
-        return F.relu(self.branch(x) + self.shortcut(x), inplace=True)
+        """Same rank in and out."""
+        again: Tensor | None = None
+        *blocks, last = self
+        for block in blocks:
+            x, again = block(x, again, fork=True)
+        y: Tensor = last(x, again)
+        return y
 
 
 class Conv2d(nn.Conv2d):
@@ -160,12 +205,16 @@ class Conv2d(nn.Conv2d):
 class Conv3d(nn.Conv3d):
     """A Conv3d that is right at every size: see `fits`.
 
-    One that is purely temporal runs as a 2-D convolution over frames and pixels, which oneDNN does faster.
+    One that is purely temporal runs as a 2-D convolution over frames and pixels, which oneDNN does faster; on CUDA,
+    others have such forms too.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, frames, height, width), as nn.Conv3d; float32 also under autocast where `fits` is false."""
         if fits(x, self.kernel_size):
+            if x.is_cuda:
+                padding = tuple(int(size) for size in self.padding)
+                return forms.convolution(x, self.weight, self.stride, padding)
             if self.kernel_size[0] > 1 and self.kernel_size[1:] == self.stride[1:] == (1, 1):
                 flat = F.conv2d(x.flatten(3), self.weight.flatten(3), stride=(self.stride[0], 1),
                                 padding=(int(self.padding[0]), 0))
@@ -201,28 +250,34 @@ def conv2d(inputs: int, outputs: int, kernel: tuple[int, int], stride: tuple[int
     return [convolution, nn.BatchNorm2d(outputs)]
 
 
-def pool3d() -> nn.MaxPool3d:
+class Pool3d(nn.MaxPool3d):
     """Halves height and width after a visual stem."""
-    return nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))
+
+    def __init__(self) -> None:
+        super().__init__((1, 3, 3), (1, 2, 2), (0, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, frames, height, width), as nn.MaxPool3d."""
+        return forms.pool(x) if x.is_cuda and forms.ACTIVE.pool else super().forward(x)
 
 
-def stage3d(inputs: int, inner: int, count: int, temporal: int, stride: int) -> nn.Sequential:
+def stage3d(inputs: int, inner: int, count: int, temporal: int, stride: int) -> Stage:
     """`count` bottlenecks: temporal x 1 x 1, then 1 x 3 x 3 with the spatial stride, then 1 x 1 x 1."""
     outputs = inner * EXPANSION
     blocks = []
     for index in range(count):
         steps = (1, stride, stride) if index == 0 else (1, 1, 1)
-        branch = nn.Sequential(
+        branch = Chain(
             *conv3d(inputs, inner, (temporal, 1, 1)), nn.ReLU(inplace=True),
             *conv3d(inner, inner, (1, 3, 3), steps), nn.ReLU(inplace=True),
             *conv3d(inner, outputs, (1, 1, 1)))
-        shortcut = nn.Sequential(*conv3d(inputs, outputs, (1, 1, 1), steps)) if index == 0 else nn.Identity()
+        shortcut = Chain(*conv3d(inputs, outputs, (1, 1, 1), steps)) if index == 0 else nn.Identity()
         blocks.append(Residual(branch, shortcut))
         inputs = outputs
-    return nn.Sequential(*blocks)
+    return Stage(*blocks)
 
 
-def stage2d(inputs: int, inner: int, count: int, split: bool) -> nn.Sequential:
+def stage2d(inputs: int, inner: int, count: int, split: bool) -> Stage:
     """`count` bottlenecks, the first of stride 2; `split`: the 3 x 3 convolution as 3 x 1 and 1 x 3."""
     outputs = inner * EXPANSION
     blocks = []
@@ -233,19 +288,14 @@ def stage2d(inputs: int, inner: int, count: int, split: bool) -> nn.Sequential:
                       *conv2d(inner, inner, (1, 3), (1, step))]
         else:
             middle = conv2d(inner, inner, (3, 3), (step, step))
-        branch = nn.Sequential(
+        branch = Chain(
             *conv2d(inputs, inner, (1, 1)), nn.ReLU(inplace=True),
             *middle, nn.ReLU(inplace=True),
             *conv2d(inner, outputs, (1, 1)))
-        shortcut = nn.Sequential(*conv2d(inputs, outputs, (1, 1), (step, step))) if index == 0 else nn.Identity()
+        shortcut = Chain(*conv2d(inputs, outputs, (1, 1), (step, step))) if index == 0 else nn.Identity()
         blocks.append(Residual(branch, shortcut))
         inputs = outputs
-    return nn.Sequential(*blocks)
-
-
-def normalized(pixels: Tensor) -> Tensor:
-    """uint8 pixels to floats of about zero mean and unit deviation; floats have been normalised before."""
-    return pixels.float().div_(255).sub_(0.45).div_(0.225) if pixels.dtype == torch.uint8 else pixels
+    return Stage(*blocks)
 
 
 def channels_last(module: nn.Module) -> None:

@@ -1,0 +1,262 @@
+"""A whole training step on the device, in a given setting: what `avtrain pretrain` does, each measure switchable."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from avtrain.config import Config
+from avtrain.engine import parameter_groups
+from avtrain.models import forms
+from avtrain.models.avbert import AVBert
+from avtrain.models.cnn import Residual, Stage
+from avtrain.models.graphs import capture
+from avtrain.objectives import Objectives
+from benchmarks.gpu.device import NOMINAL_TFLOPS, synchronize
+from benchmarks.gpu.report import Figures
+
+PLAIN = {"temporal": True, "spatial": False, "pointwise": "plain", "stem": False, "pool": False, "norm": False,
+         "fork": False, "kernels": False}
+_COUNTED = 2  # segments
+Mark = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a step is computed.
+
+    Attributes:
+        clips: of a micro-batch.
+        forms: of the visual CNN's operations, where they differ from the defaults.
+        segments_at_once: as in the model's settings: above 0, the CNNs run a few segments at a time, and twice.
+        checkpointed: so many first stages of the visual CNN are run again in the backward pass.
+        channels_last: layout of the CNNs.
+        search: cudnn.benchmark.
+        fused_optimizer: AdamW in one kernel.
+        waits: figures and checks are read by the host in every step, as the loop did at first; and which segments are
+            present too.
+        compiled: "" or "blocks" (of the CNNs), "stages", "transformers".
+        graphed: "" or "cnns", "all" (Transformers too): CUDA graphs of them.
+        deterministic: only deterministic kernels.
+        precision: of autocast; None: float32.
+    """
+
+    clips: int = 8
+    forms: dict[str, Any] = field(default_factory=dict)
+    segments_at_once: int = 0
+    checkpointed: int = 0
+    channels_last: bool = True
+    search: bool = False
+    fused_optimizer: bool = True
+    waits: bool = False
+    compiled: str = ""
+    graphed: str = ""
+    deterministic: bool = False
+    precision: torch.dtype | None = torch.bfloat16
+
+
+class Bench:
+    """Start values and a batch, for any number of settings.
+
+    Args:
+        config: of the preset.
+        device: where the steps run.
+        most_clips: of a batch.
+    """
+
+    def __init__(self, config: Config, device: torch.device, most_clips: int) -> None:
+        self.config, self.device, self.most_clips = config, device, most_clips
+        torch.manual_seed(0)
+        self._model, self._objectives = AVBert(config.model), Objectives(config.model, config.objectives)
+        self.batch = random_batch(config, most_clips, device)
+        self.tflop_per_clip = training_flop(config) / 1e12
+        self.ceiling_tflops = math.nan  # measured in part 1
+        self.best: Setting | None = None  # the fastest that was measured
+        self._best_rate = 0.0
+
+    def modules(self, setting: Setting) -> tuple[AVBert, Objectives]:
+        """The network at its start values, in training mode."""
+        model = copy.deepcopy(self._model)
+        model.config = replace(model.config, segments_at_once=setting.segments_at_once)
+        if not setting.channels_last:
+            for cnn in (model.visual_cnn, model.audio_cnn):
+                cnn.to(memory_format=torch.contiguous_format)
+        objectives = copy.deepcopy(self._objectives)
+        model, objectives = model.to(self.device).train(), objectives.to(self.device).train()
+        for stage in list(model.visual_cnn.stages)[:setting.checkpointed] if setting.checkpointed else []:
+            stage.forward = _rerun(stage.forward)  # type: ignore[method-assign]
+        if setting.compiled:
+            torch._dynamo.config.cache_size_limit = 256
+            kinds = {"blocks": Residual, "stages": Stage, "transformers": type(model.encoder.stacks[0][0])}  # type: ignore[index]
+            for module in model.modules():
+                if isinstance(module, kinds[setting.compiled]):
+                    module.compile(dynamic=False)
+        return model, objectives
+
+    @contextmanager
+    def running(self, setting: Setting) -> Iterator[Step]:
+        """A step in that setting; the device's memory is free again afterwards."""
+        before = torch.backends.cudnn.benchmark
+        gc.collect()  # graphs hold their memory until they are gone, and stand in rings
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(forms.using(**setting.forms))
+                torch.backends.cudnn.benchmark = setting.search
+                if setting.deterministic:
+                    torch.use_deterministic_algorithms(True, warn_only=True)
+                yield Step(self, setting)
+        finally:
+            torch.backends.cudnn.benchmark = before
+            torch.use_deterministic_algorithms(False)
+            torch._dynamo.reset()
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def measure(self, setting: Setting, profiled: bool = False) -> Figures:
+        """Milliseconds a step, clips/s, share of the peak, peak memory.
+
+        Args:
+            profiled: also the milliseconds that the device spends in kernels; the host is slower from then on.
+        """
+        with self.running(setting) as step:
+            began = perf_counter()
+            batch = tuple(tensor[:setting.clips] for tensor in self.batch)
+            loss = step(batch)
+            step(batch)
+            synchronize(self.device)
+            warm_up_s = perf_counter() - began
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            taken: list[float] = []
+            while len(taken) < 3 or (sum(taken) < 1 and len(taken) < 30):
+                began = perf_counter()
+                step(batch)
+                synchronize(self.device)
+                taken.append(perf_counter() - began)
+            busy = {"kernels_ms": kernels_ms(lambda: step(batch))} if profiled and self.device.type == "cuda" else {}
+            figures = self.figures(setting.clips, statistics.median(taken))
+            if figures["clips_per_s"] > self._best_rate:
+                self.best, self._best_rate = setting, figures["clips_per_s"]
+            return {"clips": setting.clips, **figures, **busy,
+                    "peak_gib": self.peak_gib(), "warm_up_s": warm_up_s, "steps": len(taken),
+                    "first_loss": float(loss)}
+
+    def figures(self, clips: int, step_s: float) -> Figures:
+        """A step's time in all its forms."""
+        rate = clips / step_s
+        return {"ms": 1000 * step_s, "clips_per_s": rate, "mfu_nominal": self.tflop_per_clip * rate / NOMINAL_TFLOPS,
+                "mfu_measured": self.tflop_per_clip * rate / self.ceiling_tflops}
+
+    def peak_gib(self) -> float:
+        """Most memory that tensors took since the counter was set back."""
+        return torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else math.nan
+
+
+class Step:
+    """One optimiser step, called with (visual, audio, visual_present, audio_present) on the device -> the loss."""
+
+    def __init__(self, bench: Bench, setting: Setting) -> None:
+        self._bench, self._setting = bench, setting
+        self.model, self.objectives = bench.modules(setting)
+        training = bench.config.training
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups({"model": self.model, "objectives": self.objectives}, training.weight_decay),
+            lr=training.learning_rate * 0.01, betas=(0.9, 0.98), amsgrad=True,
+            fused=True if setting.fused_optimizer else None)
+        self._parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self._buffers = [buffer for module in (self.model, self.objectives) for buffer in module.buffers()]
+        self._good = [buffer.clone() for buffer in self._buffers]
+        self._generator = torch.Generator().manual_seed(1)
+        if setting.graphed and bench.device.type == "cuda":
+            visual, audio = (part[:setting.clips] for part in bench.batch[:2])
+            capture(self.model, visual, audio, bench.config.objectives.draws, setting.precision,
+                    setting.graphed == "all")
+        torch.manual_seed(5)  # the same dropout in every setting, so that first losses can be compared
+
+    def __call__(self, batch: tuple[Tensor, ...], mark: Mark = lambda name: None) -> Tensor:
+        waits, clip = self._setting.waits, self._bench.config.training.clip_norm or math.inf
+        with torch.autocast(self._bench.device.type, self._setting.precision,
+                            enabled=self._setting.precision is not None):
+            embedded = self.model.embed(*(batch if waits else batch[:2]))
+            mark("CNNs, forward")
+            result = self.objectives(self.model, embedded, self._generator)
+        mark("Transformers and objectives, forward")
+        result.loss.backward()
+        mark("backward")
+        figures = {"loss": result.loss.detach(), **result.parts}
+        if waits:
+            _ = [float(value) for value in figures.values()]
+        norm = nn.utils.clip_grad_norm_(self._parameters, clip)
+        if not waits or bool(torch.isfinite(norm)):
+            self.optimizer.step()
+        if waits:
+            for one, other in zip(self._buffers, self._good, strict=True):
+                other.copy_(one)
+        else:
+            torch._foreach_copy_(self._good, self._buffers)
+        self.optimizer.zero_grad(set_to_none=True)
+        mark("clipping and optimiser")
+        return result.loss.detach()
+
+
+def kernels_ms(function: Callable[[], object]) -> float:
+    """Milliseconds that the device spends in kernels during a call."""
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        function()
+        torch.cuda.synchronize()
+    return sum(event.time_range.elapsed_us() for event in found.events()
+               if event.device_type == torch.autograd.DeviceType.CUDA and not is_annotation(event)) / 1000
+
+
+def is_annotation(event: Any) -> bool:
+    """Ranges of the profiler's own, that lie over kernels."""
+    return getattr(event, "is_user_annotation", False) or event.name.startswith(("Optimizer.", "ProfilerStep"))
+
+
+def _rerun(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def rerun(x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(forward, x, use_reentrant=False)
+        return y
+
+    return rerun
+
+
+def random_batch(config: Config, clips: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Clips of noise, all their segments present, as `Batch.tensors` gives them."""
+    data = config.data
+    generator = torch.Generator(device).manual_seed(2)
+    shape = (clips, data.segments, 3, data.segment_frames, data.crop, data.crop)
+    visual = torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
+    audio = torch.randn(clips, data.segments, 1, data.mels, data.mel_frames, device=device, generator=generator)
+    present = torch.ones(clips, data.segments, dtype=torch.bool, device=device)
+    return visual, audio, present, present.clone()
+
+
+def training_flop(config: Config) -> float:
+    """Floating-point operations of a clip's forward and backward pass, nothing recomputed: CNNs on some segments."""
+    data = config.data
+    model = AVBert(replace(config.model, segments_at_once=0))
+    with FlopCounterMode(display=False) as counter:
+        embedded = model.embed(torch.randn(1, _COUNTED, 3, data.segment_frames, data.crop, data.crop),
+                               torch.randn(1, _COUNTED, 1, data.mels, data.mel_frames))[0]
+        (embedded.visual_local.sum() + embedded.audio_local.sum()).backward()
+    local, present = torch.randn(1, data.segments, config.model.dimension), torch.ones(1, data.segments).bool()
+    with FlopCounterMode(display=False) as of_transformers:
+        model.eval().contextualize(local.requires_grad_(), local, present, present)
+    return counter.get_total_flops() * data.segments / _COUNTED + 3.0 * of_transformers.get_total_flops()
