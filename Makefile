@@ -11,7 +11,7 @@ BIN     := $(VENV)/bin
 READY   := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow lint pretrain demo bench demo-report transfer-report esc-report \
+.PHONY: help install test test-slow lint pretrain demo bench bench-gpu demo-report transfer-report esc-report \
         ablations clean
 
 help:  ## list the targets
@@ -46,6 +46,9 @@ demo: $(READY)  ## make the demo dataset, build its shards, draw a contact sheet
 
 bench: $(READY)  ## run the benchmarks
 	$(BIN)/python -m benchmarks
+
+bench-gpu: $(READY)  ## measure the paper preset on this machine's GPU (docs/performance.md)
+	$(BIN)/python -m benchmarks.gpu
 
 demo-report: $(READY)  ## pretrain on the demo with three seeds (half an hour) and print what was learned
 	$(BIN)/avprep build --dataset demo --split all --out $(SHARDS) --workers $(WORKERS)

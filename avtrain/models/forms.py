@@ -20,7 +20,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 @dataclass
 class Forms:
-    """Which forms are used on CUDA. CPUs keep the plain ones, all but `temporal`."""
+    """Which forms are used on CUDA. CPUs keep the plain ones, all but `temporal`.
+
+    The defaults are what was right and fastest on an H100 (docs/performance.md); `fork` and `kernels` have not been run
+    on one yet, `benchmarks.gpu` measures them.
+    """
 
     temporal: bool = True
     """(k, 1, 1) convolutions as (k, 1) ones over frames and pixels."""
@@ -34,9 +38,9 @@ class Forms:
     """The stem's pooling as a 2-D one."""
     norm: bool = True
     """BatchNorm, shortcut and ReLU in one pass in training (Triton, where it is installed)."""
-    fork: bool = True
+    fork: bool = False
     """With `norm`, gradients of a map that is used twice are added in the kernels of its BatchNorm."""
-    kernels: bool = True
+    kernels: bool = False
     """Kernels of our own (Triton) for the stem's input, from bytes in one pass, and for its pooling."""
 
 

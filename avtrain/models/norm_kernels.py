@@ -22,7 +22,7 @@ _PROGRAMS = 1024  # of a reduction, at most about so many
 class Tile(NamedTuple):
     """What a program works on at a time."""
 
-    rows: int = 32
+    rows: int = 64
     most_channels: int = 64
     warps: int = 4
 

@@ -13,7 +13,7 @@ import torch
 from avtrain.config import read_config
 from benchmarks.gpu import correct, device, profiled, ranks, resume, shards, tiles
 from benchmarks.gpu.report import Report
-from benchmarks.gpu.steps import PLAIN, Bench, Setting
+from benchmarks.gpu.steps import ALL, PLAIN, Bench, Setting
 
 # Part: what it is, its share of the time.
 PARTS = {1: ("versions and ceilings", 0.03), 2: ("correctness", 0.2), 3: ("step time", 0.47),
@@ -86,7 +86,7 @@ def steps(report: Report, bench: Bench, clips: list[int], measures: list[str] | 
     """
     report.add("work of a training clip", {"tflop": bench.tflop_per_clip})
     first = clips[0]
-    everything = Setting(clips=first)
+    everything = Setting(clips=first, forms=ALL)
     plain = Setting(clips=first, forms=PLAIN, fused_optimizer=False, waits=True)
     ways = {"all, graphs": replace(everything, graphed="all"),
             "all, graphs of CNNs": replace(everything, graphed="cnns"), "all": everything,
@@ -104,11 +104,12 @@ def steps(report: Report, bench: Bench, clips: list[int], measures: list[str] | 
         ("linear (1, 1, 1)", {"pointwise": "linear"}), ("3-D (k, 1, 1)", {"temporal": False}))}
     slow = {
         "all": everything,
+        "all, default forms": Setting(clips=first),
         "plain (nothing recomputed)": plain,
         **{f"plain + {name}": replace(plain, forms={**PLAIN, **change}) for name, change in form.items()},
         "plain + fused AdamW": replace(plain, fused_optimizer=True),
         "plain + no waiting": replace(plain, waits=False),
-        "all, (1, 1, 1) linear": replace(everything, forms={"pointwise": "linear"}),
+        "all, (1, 1, 1) linear": replace(everything, forms={**ALL, "pointwise": "linear"}),
         "all + cudnn.benchmark": replace(everything, search=True),
         "all, first stage run again": replace(everything, checkpointed=1),
         "plain, contiguous": replace(plain, channels_last=False),
@@ -132,7 +133,7 @@ def steps(report: Report, bench: Bench, clips: list[int], measures: list[str] | 
         if wanted(name):
             report.measure(f"{name}; with kernels", lambda setting=setting: bench.measure(setting, profiled=True),
                            35 if setting.segments_at_once else 6)
-    compiled = replace(everything, forms={"norm": False}, compiled="stages")
+    compiled = replace(everything, forms={**ALL, "norm": False}, compiled="stages")
     if wanted("compiled stages"):
         report.measure("all - norm in one + compiled stages", lambda: bench.measure(compiled), 40,
                        report.left())

@@ -30,6 +30,7 @@ from benchmarks.gpu.report import Figures
 
 PLAIN = {"temporal": True, "spatial": False, "pointwise": "plain", "stem": False, "pool": False, "norm": False,
          "fork": False, "kernels": False}
+ALL = {"fork": True, "kernels": True}  # what is not the default yet
 _COUNTED = 2  # segments
 Mark = Callable[[str], None]
 
