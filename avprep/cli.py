@@ -188,8 +188,8 @@ def _print_index(path: Path, index: dict[str, Any]) -> None:
               help="With --against: clips of each index to compare, spread over its shards; 0 or all: every one.")
 def verify(shards: Path, raw: Path | None, clips: str | None) -> None:
     """Check shards against their index: checksums, counts, and that every clip can be decoded."""
+    from avprep.inspect.verify import problems_of
     from avprep.shards import find_indexes
-    from avprep.verify import problems_of
 
     compared = _clips_to_compare(raw, clips)
     found = different = 0
@@ -199,7 +199,7 @@ def verify(shards: Path, raw: Path | None, clips: str | None) -> None:
             found += 1
         click.echo(f"{path}: checked")
         if raw is not None:
-            from avprep.against import differences, sample
+            from avprep.inspect.against import differences, sample
 
             sampled = sample(path, compared)
             for problem in differences(sampled, raw):
@@ -234,7 +234,7 @@ def _clips_to_compare(raw: Path | None, clips: str | None) -> int:
 @click.option("--clips", type=click.IntRange(1, 50), default=8, help="Clips to show.")
 def preview(shards: Path, output: Path, clips: int) -> None:
     """Draw a contact sheet: frames across each clip over its log-mel, with labels and time axis."""
-    from avprep.preview import contact_sheet
+    from avprep.inspect.preview import contact_sheet
 
     shown = contact_sheet(shards, output, clips)
     click.echo(f"{shown} clips drawn in {output}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from avtrain.released import load_released
+    from avtrain.checkpoints.authors import load_released
 
 __version__ = "0.1.0"
 __all__ = ["load_released"]
@@ -14,7 +14,7 @@ __all__ = ["load_released"]
 def __getattr__(name: str) -> Any:
     # torch takes a second to import; `import avtrain` and `avtrain --help` do without it.
     if name == "load_released":
-        from avtrain.released import load_released
+        from avtrain.checkpoints.authors import load_released
 
         return load_released
     raise AttributeError(f"module 'avtrain' has no attribute {name!r}")

@@ -14,8 +14,8 @@ from avtrain.errors import AvtrainError
 
 if TYPE_CHECKING:
     from avtrain.config import Config
-    from avtrain.source import Source
-    from avtrain.transfer import Trial
+    from avtrain.transfer.evaluate import Trial
+    from avtrain.transfer.start import Start
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "AVTRAIN", "show_default": True}
 # --share: layers of a Transformer share, Transformers share, low rank
@@ -146,8 +146,8 @@ def pretrain(shards: tuple[str, ...], test_shards: tuple[str, ...], preset: str,
              resume: bool, max_steps: int | None, max_time: float | None, device: str | None, precision: str) -> None:
     """Pretrain a model from scratch on shards."""
     from avtrain.config import read_config
-    from avtrain.pretrain import pretrain as run_pretraining
-    from avtrain.report import held_out_text, write_report
+    from avtrain.pretraining.pretrain import pretrain as run_pretraining
+    from avtrain.pretraining.report import held_out_text, write_report
     from avtrain.runtime import choose_runtime
 
     config = read_config(preset, overrides)
@@ -205,13 +205,13 @@ def evaluate(task: str, checkpoint: Path | None, init: str | None, preset: str |
              precision: str) -> None:
     """Transfer a checkpoint to a task: train on its training split, test on its test split."""
     from avtrain.config import check_overrides
-    from avtrain.features import TRAINING_ONLY
-    from avtrain.outcome import results_text
     from avtrain.runtime import choose_runtime
-    from avtrain.source import load_source, random_source
-    from avtrain.splits import present_tasks, splits_of
-    from avtrain.tasks import TASKS, protocol_for
-    from avtrain.transfer import Trial, evaluate_task
+    from avtrain.transfer.evaluate import Trial, evaluate_task
+    from avtrain.transfer.features import TRAINING_ONLY
+    from avtrain.transfer.results import results_text
+    from avtrain.transfer.splits import present_tasks, splits_of
+    from avtrain.transfer.start import load_source, random_source
+    from avtrain.transfer.tasks import TASKS, protocol_for
 
     if task != "all" and task not in TASKS:
         raise AvtrainError(f"--task {task}: known are {', '.join(TASKS)}, and all")
@@ -260,7 +260,7 @@ def evaluate(task: str, checkpoint: Path | None, init: str | None, preset: str |
 def _evaluate_all(transferred: Callable[[Trial, list[str]], dict[str, Any]],
                   wanted: list[tuple[Trial, list[str]]]) -> None:
     """One task after the other, and a table; one that fails does not stop the others."""
-    from avtrain.outcome import table_text
+    from avtrain.transfer.results import table_text
 
     rows, failed = [], []
     for trial, splits in wanted:
@@ -290,8 +290,8 @@ def embed(checkpoint: Path, shards: tuple[str, ...], output: Path, overrides: tu
     takes more.
     """
     from avtrain.data.shards import open_folders
-    from avtrain.retrieval import write_embeddings
     from avtrain.runtime import choose_runtime
+    from avtrain.transfer.retrieval import write_embeddings
 
     _check_ending(output, ".parquet")
     source = _embedder(checkpoint, overrides)
@@ -305,11 +305,11 @@ def _check_ending(output: Path, ending: str) -> None:
         raise AvtrainError(f"--output {output}: a name that ends in {ending} is wanted")
 
 
-def _embedder(checkpoint: Path, overrides: tuple[str, ...]) -> Source:
+def _embedder(checkpoint: Path, overrides: tuple[str, ...]) -> Start:
     """A whole network, to take embeddings from."""
     from avtrain.config import check_overrides
-    from avtrain.features import TRAINING_ONLY
-    from avtrain.source import load_source
+    from avtrain.transfer.features import TRAINING_ONLY
+    from avtrain.transfer.start import load_source
 
     check_overrides(overrides, ("data",), TRAINING_ONLY)
     source = load_source(checkpoint, overrides)
@@ -330,9 +330,9 @@ def retrieve(checkpoint: Path, shards: Path, output: Path, overrides: tuple[str,
              device: str | None, precision: str) -> None:
     """Find the pictures that go with a sound, and the sounds that go with a picture."""
     from avtrain.data.shards import open_folders
-    from avtrain.retrieval import draw_retrieval
-    from avtrain.retrieval import retrieve as search
     from avtrain.runtime import choose_runtime
+    from avtrain.transfer.retrieval import draw_retrieval
+    from avtrain.transfer.retrieval import retrieve as search
 
     _check_ending(output, ".png")
     for split in ("train", "test"):
@@ -356,7 +356,7 @@ def retrieve(checkpoint: Path, shards: Path, output: Path, overrides: tuple[str,
 @click.argument("run", type=click.Path(path_type=Path, file_okay=False))
 def report(run: Path) -> None:
     """Draw the curves of a RUN (a folder of `avtrain pretrain`) and put its figures on a page."""
-    from avtrain.report import write_report
+    from avtrain.pretraining.report import write_report
 
     click.echo(", ".join(map(str, write_report(run))))
 
@@ -366,9 +366,9 @@ def report(run: Path) -> None:
 @click.option("-o", "--output", type=_FILE, required=True, help="The .safetensors file to write.")
 def import_released(checkpoint: Path, output: Path) -> None:
     """Turn a CHECKPOINT of the authors' release (.pyth) into one of ours."""
-    from avtrain.checkpoint import save_model
+    from avtrain.checkpoints.authors import load_released_parts
+    from avtrain.checkpoints.ours import save_model
     from avtrain.config import Config
-    from avtrain.released import load_released_parts
 
     model, parts = load_released_parts(checkpoint)
     save_model(output, model, Config(model=model.config), parts)
@@ -381,7 +381,7 @@ def import_released(checkpoint: Path, output: Path) -> None:
 @click.option("-o", "--output", type=_FILE, required=True, help="The .pt2 file to write.")
 def export(checkpoint: Path, output: Path) -> None:
     """Write CHECKPOINT's model as a program for torch.export.load, checked against the model."""
-    from avtrain.checkpoint import export_model
+    from avtrain.checkpoints.export import export_model
 
     difference = export_model(checkpoint, output)
     click.echo(f"{output}: outputs differ from the model's by at most {difference:.1e}")

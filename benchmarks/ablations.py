@@ -10,7 +10,7 @@ from typing import Any
 from avtrain.config import Config, read_config
 from avtrain.models.avbert import AVBert
 from avtrain.runtime import choose_runtime
-from avtrain.source import load_source
+from avtrain.transfer.start import load_source
 from benchmarks.learned import held_out_figures, probe, recalls, trained_on_demo
 
 # study -> setting -> fields of the model's or the objectives' settings

@@ -9,7 +9,7 @@ from statistics import mean
 
 from avtrain.config import Config, read_config
 from avtrain.runtime import choose_runtime
-from avtrain.source import load_source, random_source
+from avtrain.transfer.start import load_source, random_source
 from benchmarks.learned import held_out_figures, minutes_of, probe, recalls, trained_on_demo
 
 PRESET = "tiny"

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 from avtrain.config import Config, read_config
-from avtrain.outcome import read_predictions
-from avtrain.predictions import Figure, figures, mean_figures
 from avtrain.runtime import Runtime, choose_runtime
-from avtrain.source import Source, load_source, random_source
-from avtrain.tasks import protocol_for
-from avtrain.transfer import Trial, evaluate_task
+from avtrain.transfer.evaluate import Trial, evaluate_task
+from avtrain.transfer.predictions import Figure, figures, mean_figures
+from avtrain.transfer.results import read_predictions
+from avtrain.transfer.start import Start, load_source, random_source
+from avtrain.transfer.tasks import protocol_for
 from benchmarks.learned import trained
 
 PRESET = "sound"
@@ -61,7 +61,7 @@ def main() -> None:
               + f" | {mean.value:.1f} ({low:.1f} to {high:.1f}) | {minutes[label]:.1f} |")
 
 
-def pretrained(config: Config, fold: str, shards: Path, out: Path, runtime: Runtime) -> Source:
+def pretrained(config: Config, fold: str, shards: Path, out: Path, runtime: Runtime) -> Start:
     """What was learned from the sound of the other folds and of the demo; the run is begun, gone on with, or found
     finished."""
     others = [shards / "esc10" / f"fold{other}" for other in FOLDS if other != fold]
@@ -69,7 +69,7 @@ def pretrained(config: Config, fold: str, shards: Path, out: Path, runtime: Runt
                                runtime))
 
 
-def transferred(source: Source, trial: Trial, fold: str, shards: Path, out: Path, cache: Path,
+def transferred(source: Start, trial: Trial, fold: str, shards: Path, out: Path, cache: Path,
                 runtime: Runtime) -> dict[str, Figure]:
     """`avtrain eval --task esc10 --split FOLD`, in figures that can be averaged over folds."""
     resume = (out / "settings.json").is_file()

@@ -8,12 +8,12 @@ from typing import Any
 
 from avtrain.config import Config
 from avtrain.data.shards import open_folders
-from avtrain.pretrain import pretrain
-from avtrain.retrieval import retrieve
+from avtrain.pretraining.pretrain import pretrain
 from avtrain.runtime import Runtime
-from avtrain.source import Source, load_source
-from avtrain.tasks import protocol_for
-from avtrain.transfer import Trial, evaluate_task
+from avtrain.transfer.evaluate import Trial, evaluate_task
+from avtrain.transfer.retrieval import retrieve
+from avtrain.transfer.start import Start, load_source
+from avtrain.transfer.tasks import protocol_for
 
 NEIGHBOURS = 5
 
@@ -48,12 +48,12 @@ def _metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def probe(source: Source, modality: str, shards: Path, folder: Path, seed: int, runtime: Runtime) -> float:
+def probe(source: Start, modality: str, shards: Path, folder: Path, seed: int, runtime: Runtime) -> float:
     """Top-1, in parts of 1, of a linear classifier on frozen embeddings."""
     return float(transferred(source, "linear", modality, shards, folder, seed, runtime)["percent"]) / 100
 
 
-def transferred(source: Source, protocol: str, modality: str, shards: Path, folder: Path, seed: int,
+def transferred(source: Start, protocol: str, modality: str, shards: Path, folder: Path, seed: int,
                 runtime: Runtime) -> dict[str, Any]:
     """Top-1 of `avtrain eval --task demo --recipe small`: "percent" and "interval_95"."""
     trial = Trial("demo", protocol, protocol_for("demo", protocol, "small"), modality, seed=seed)

@@ -8,8 +8,8 @@ from typing import Any
 
 from avtrain.config import MODALITIES, read_config
 from avtrain.runtime import choose_runtime
-from avtrain.source import load_source, random_source
-from avtrain.tasks import PROTOCOLS
+from avtrain.transfer.start import load_source, random_source
+from avtrain.transfer.tasks import PROTOCOLS
 from benchmarks.learned import trained_on_demo, transferred
 
 PRESET = "tiny"

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avtrain.checkpoints.authors import load_released
 from avtrain.config import Config
 from avtrain.models import forms
 from avtrain.models.avbert import AVBert
 from avtrain.models.cnn import Conv2d, Conv3d
-from avtrain.released import load_released
 from benchmarks.gpu.report import Figures, Report
 from benchmarks.gpu.steps import PLAIN
 from benchmarks.gpu.whole import half_precision, relative, single_precision

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from avtrain.config import read_config
 from avtrain.models.avbert import AVBert
-from avtrain.objectives import Objectives
+from avtrain.pretraining.objectives import Objectives
 from benchmarks.gpu.device import synchronize
 from benchmarks.gpu.report import Figures, Report
 from benchmarks.gpu.steps import random_batch

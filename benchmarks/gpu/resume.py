@@ -16,7 +16,7 @@ from torch import Tensor
 from avtrain.config import Config, read_config
 from avtrain.engine import Run
 from avtrain.models.avbert import AVBert
-from avtrain.objectives import Objectives
+from avtrain.pretraining.objectives import Objectives
 from avtrain.runtime import choose_runtime, seed_everything
 from benchmarks.gpu.report import Figures, Report
 from benchmarks.gpu.steps import random_batch

@@ -121,7 +121,7 @@ def drawn_video(number: int, frames: int) -> bytes:
 def trained(bench: Bench, setting: Setting, folder: Path, workers: int, beside: bool) -> Figures:
     """Some seconds of training from the shards; the first batches, which fill the queues, don't count."""
     from avtrain.data.shards import open_folders  # these read media files through packages that may be missing
-    from avtrain.pretrain import EpochBatches
+    from avtrain.pretraining.pretrain import EpochBatches
 
     config = replace(bench.config, data=replace(bench.config.data, workers=workers),
                      training=replace(bench.config.training, batch_size=setting.clips, accumulate=1))

@@ -24,7 +24,7 @@ from avtrain.models import forms
 from avtrain.models.avbert import AVBert
 from avtrain.models.cnn import Residual, Stage
 from avtrain.models.graphs import capture
-from avtrain.objectives import Objectives
+from avtrain.pretraining.objectives import Objectives
 from benchmarks.gpu.device import NOMINAL_TFLOPS, synchronize
 from benchmarks.gpu.report import Figures
 

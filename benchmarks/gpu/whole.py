@@ -14,7 +14,7 @@ from avtrain.config import Config
 from avtrain.models import forms
 from avtrain.models.avbert import AVBert
 from avtrain.models.graphs import capture
-from avtrain.objectives import Objectives
+from avtrain.pretraining.objectives import Objectives
 from benchmarks.gpu.report import Figures, Report
 from benchmarks.gpu.steps import PLAIN
 

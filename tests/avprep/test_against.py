@@ -9,7 +9,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from avprep import against
+from avprep.inspect import against
 from avprep.shards import read_samples
 
 SILENCE = np.log(1e-6)

@@ -13,7 +13,7 @@ from redrawn import drawn
 from small_eval import NETWORK, build, put
 from torch import Tensor
 
-from avtrain.checkpoint import save_model
+from avtrain.checkpoints.ours import save_model
 from avtrain.config import read_config
 from avtrain.models.avbert import AVBert
 

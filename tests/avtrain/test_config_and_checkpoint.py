@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from avtrain.checkpoint import load_checkpoint, save_model
+from avtrain.checkpoints.ours import load_checkpoint, save_model
 from avtrain.cli import main
 from avtrain.config import Config, config_from, config_to, read_config
 from avtrain.errors import AvtrainError

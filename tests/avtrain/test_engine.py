@@ -15,7 +15,7 @@ from avtrain.config import TrainingConfig, read_config
 from avtrain.engine import Run, learning_rate, parameter_groups
 from avtrain.errors import AvtrainError
 from avtrain.models.avbert import AVBert
-from avtrain.objectives import Objectives
+from avtrain.pretraining.objectives import Objectives
 
 CONFIG = TrainingConfig(batch_size=4, steps=20, learning_rate=0.01, evaluate_every=5, save_every=3, keep=2)
 

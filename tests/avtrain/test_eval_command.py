@@ -10,14 +10,14 @@ import torch
 from small_eval import NETWORK, QUICK, VIEWS, build, invoke, predictions_of, put, results_of, run_eval, settings
 from torch import nn
 
-from avtrain.checkpoint import save_model
+from avtrain.checkpoints.ours import save_model
 from avtrain.config import read_config
 from avtrain.data.order import ClipPlace
 from avtrain.data.views import ListedClip, collate_rows
 from avtrain.engine import Run
 from avtrain.models.avbert import AVBert
-from avtrain.splits import held_out
-from avtrain.tasks import TASKS
+from avtrain.transfer.splits import held_out
+from avtrain.transfer.tasks import TASKS
 
 
 def test_killed_and_resumed_gives_the_same_predictions(tree, tmp_path, monkeypatch):
@@ -25,7 +25,7 @@ def test_killed_and_resumed_gives_the_same_predictions(tree, tmp_path, monkeypat
     assert run_eval(tree, tmp_path / "whole", "ucf101", *options).exit_code == 0
     save = Run.save
     with monkeypatch.context() as patch:
-        patch.setattr("avtrain.finetune._SAVE_EVERY", 4)
+        patch.setattr("avtrain.transfer.finetune._SAVE_EVERY", 4)
 
         def save_and_die(run):
             save(run)

@@ -12,9 +12,9 @@ from avtrain.config import DataConfig, ModelConfig
 from avtrain.data.loader import ClipDataset
 from avtrain.data.order import fixed_order
 from avtrain.data.shards import open_folders
-from avtrain.features import frozen_features
 from avtrain.models.avbert import AVBert
 from avtrain.runtime import Runtime
+from avtrain.transfer.features import frozen_features
 
 DATA = DataConfig(segment_frames=4, crop=24, scale=(24, 32), workers=0)
 MODEL = ModelConfig(visual_width=8, visual_blocks=(1, 1), audio_width=8, audio_blocks=(1, 1), audio_stem_stride=4,

@@ -182,8 +182,8 @@ def test_training_and_its_evaluation_have_room_together(demo_shards, tmp_path, m
     def refuse(wanted_bytes):
         raise AvtrainError(f"{wanted_bytes} bytes")
 
-    monkeypatch.setattr("avtrain.pretrain.check_room", refuse)
-    monkeypatch.setattr("avtrain.finetune.check_room", refuse)
+    monkeypatch.setattr("avtrain.pretraining.pretrain.check_room", refuse)
+    monkeypatch.setattr("avtrain.transfer.finetune.check_room", refuse)
     done = invoke("pretrain", "--shards", demo_shards, "--preset", "tiny", "--out", tmp_path / "run", "--device", "cpu",
                   "--max-steps", 1, *settings(NETWORK), "--set", "data.workers=1", "--set", "training.batch_size=8")
     of_one = 15 * (3 * 4 * 24**2 + 4 * 80 * 128)

@@ -5,8 +5,8 @@ import pytest
 from sklearn.metrics import average_precision_score, confusion_matrix, top_k_accuracy_score
 
 from avtrain.data.views import ListedClip
-from avtrain.metrics import bootstrap_means, confusion, interval, mean_average_precision, top_k
-from avtrain.predictions import Figure, Predictions, ScoreSums, figures, mean_figures
+from avtrain.transfer.metrics import bootstrap_means, confusion, interval, mean_average_precision, top_k
+from avtrain.transfer.predictions import Figure, Predictions, ScoreSums, figures, mean_figures
 
 
 @pytest.fixture

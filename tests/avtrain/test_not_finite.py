@@ -11,14 +11,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_eval import NETWORK, QUICK, invoke, run_eval, settings
 
-from avtrain.checkpoint import load_checkpoint, save_model
+from avtrain.checkpoints.ours import load_checkpoint, save_model
 from avtrain.config import read_config
 from avtrain.data.decode import ClipUnreadable, decode_log_mel
 from avtrain.data.loader import ClipDataset, batches
 from avtrain.data.order import at_epoch, fixed_order
 from avtrain.data.shards import open_folders
 from avtrain.data.views import ViewDataset, ViewItem, Views, collate_rows
-from avtrain.objectives import ObjectiveResult, Objectives
+from avtrain.pretraining.objectives import ObjectiveResult, Objectives
 
 SOUND = [*NETWORK, "data.modality=audio"]
 
@@ -122,8 +122,8 @@ def test_a_run_that_diverges_says_so(demo_shards, tmp_path):
 
 
 def test_a_transfer_that_diverges_says_so(demo_shards, tmp_path, monkeypatch):
-    monkeypatch.setattr("avtrain.finetune.task_loss", lambda logits, *_: logits.sum() * float("nan"))
-    monkeypatch.setattr("avtrain.probes.task_loss", lambda logits, *_: logits.sum() * float("nan"))
+    monkeypatch.setattr("avtrain.transfer.finetune.task_loss", lambda logits, *_: logits.sum() * float("nan"))
+    monkeypatch.setattr("avtrain.transfer.probes.task_loss", lambda logits, *_: logits.sum() * float("nan"))
     for protocol in ("finetune", "linear"):
         done = run_eval(demo_shards.parent, tmp_path / protocol, "demo", "--protocol", protocol, "--modality", "audio",
                         *settings(QUICK))

@@ -9,8 +9,8 @@ from torch import nn
 
 from avtrain.config import ModelConfig, ObjectivesConfig
 from avtrain.models.avbert import AVBert
-from avtrain.negatives import sample_negatives, sampling_weights
-from avtrain.objectives import Objectives, masked_positions, wrong_sounds
+from avtrain.pretraining.negatives import sample_negatives, sampling_weights
+from avtrain.pretraining.objectives import Objectives, masked_positions, wrong_sounds
 
 SMALL = {"visual_width": 4, "visual_blocks": (1,), "audio_width": 4, "audio_blocks": (1,), "audio_stem_stride": 4,
          "dimension": 16, "layers": 1, "heads": 2, "feedforward": 32, "rank": 4, "dropout": 0.0, "max_segments": 6}

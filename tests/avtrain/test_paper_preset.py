@@ -15,7 +15,7 @@ from avtrain.data.order import at_epoch, fixed_order
 from avtrain.data.shards import open_folders
 from avtrain.engine import Run
 from avtrain.models.avbert import AVBert
-from avtrain.objectives import Objectives
+from avtrain.pretraining.objectives import Objectives
 from avtrain.runtime import choose_runtime, seed_everything
 
 STEPS = 2

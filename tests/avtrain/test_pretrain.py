@@ -10,7 +10,7 @@ import time
 import pytest
 from small_eval import invoke
 
-from avtrain.checkpoint import load_checkpoint
+from avtrain.checkpoints.ours import load_checkpoint
 
 # Smaller than the tiny preset: seconds, not minutes.
 SMALL = ["training.batch_size=4", "training.steps=9", "training.save_every=2", "training.evaluate_every=9",

@@ -13,10 +13,10 @@ from avtrain.config import read_config
 from avtrain.data.shards import open_folders
 from avtrain.data.views import list_clips
 from avtrain.errors import AvtrainError
-from avtrain.finetune import Classifier, predict, task_loss
 from avtrain.models.avbert import AVBert
 from avtrain.runtime import Runtime
-from avtrain.tasks import TASKS, protocol_for
+from avtrain.transfer.finetune import Classifier, predict, task_loss
+from avtrain.transfer.tasks import TASKS, protocol_for
 
 # As the authors' release has them: clips of a video in training and in the test, crops, and the rest.
 PUBLISHED = {

@@ -11,10 +11,10 @@ from redrawn import drawn
 from torch import Tensor
 
 import avtrain
+from avtrain.checkpoints.authors import load_released_heads
 from avtrain.errors import AvtrainError
-from avtrain.features import weights_hash
 from avtrain.models.avbert import AVBert, AVBertOutput
-from avtrain.released import load_released_heads
+from avtrain.transfer.features import weights_hash
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from avtrain.cli import main
 from avtrain.config import config_to, read_config
 from avtrain.errors import AvtrainError
-from avtrain.report import PICTURE_PIXELS, chance_of, held_out_text, write_report
+from avtrain.pretraining.report import PICTURE_PIXELS, chance_of, held_out_text, write_report
 
 # Three steps of four, the last one evaluated; a batch of two clips may have nothing masked.
 LINES = [

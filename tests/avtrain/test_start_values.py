@@ -10,7 +10,7 @@ from avtrain.config import ModelConfig, read_config
 from avtrain.models.avbert import AVBert
 from avtrain.models.lowrank import LowRankLinear, rotation_of
 from avtrain.models.transformer import TransformerLayer
-from avtrain.objectives import Predictor
+from avtrain.pretraining.objectives import Predictor
 
 
 def _cosine(embeddings):

@@ -12,10 +12,10 @@ import torch
 from sklearn.metrics import accuracy_score, average_precision_score
 from small_eval import NETWORK, QUICK, VIEWS, invoke, predictions_of, results_of, run_eval, settings
 
-from avtrain.checkpoint import save_model
+from avtrain.checkpoints.ours import save_model
 from avtrain.config import read_config
 from avtrain.models.avbert import AVBert
-from avtrain.tasks import TASKS
+from avtrain.transfer.tasks import TASKS
 
 
 def test_ucf101_finetuned_as_published_in_small(tree, tmp_path):

@@ -10,7 +10,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from avprep.against.source import PICTURE_SEARCH_S, SOUND_SEARCH_S, Around, thumbnail
+from avprep.inspect.against.source import PICTURE_SEARCH_S, SOUND_SEARCH_S, Around, thumbnail
 from avprep.logmel import log_mel
 
 _TOLERANCE_S, _LENGTH_TOLERANCE_S = 0.1, 0.3

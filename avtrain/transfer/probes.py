@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from avtrain.finetune import probabilities, task_loss
 from avtrain.models.heads import ClipHead
 from avtrain.progress import bar_options
-from avtrain.tasks import Protocol
+from avtrain.transfer.finetune import probabilities, task_loss
+from avtrain.transfer.tasks import Protocol
 
 _VOTE_TEMPERATURE = 0.07
 

@@ -13,7 +13,7 @@ from avtrain.data.loader import ClipDataset, batches, readable
 from avtrain.data.order import at_epoch, batches_of, epoch_order
 from avtrain.data.shards import ShardFolder
 from avtrain.models.avbert import AVBert
-from avtrain.objectives import AUDIO, VISUAL, MaskedPass, Objectives
+from avtrain.pretraining.objectives import AUDIO, VISUAL, MaskedPass, Objectives
 from avtrain.runtime import Runtime
 
 CANDIDATES = 100

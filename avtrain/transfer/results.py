@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from avtrain.errors import AvtrainError
 from avtrain.files import written_whole
-from avtrain.predictions import Figure, Predictions
+from avtrain.transfer.predictions import Figure, Predictions
 
 _NAMES = {"top1": "top-1", "top5": "top-5", "map": "mAP"}
 
@@ -112,7 +112,7 @@ def draw_confusion(path: Path, counts: NDArray[np.int64], classes: Sequence[str]
 
 def git_commit() -> str:
     """The commit of the checkout that this package runs from, "+" behind it if files differ; "" elsewhere."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return ""
     try:

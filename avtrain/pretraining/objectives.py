@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from avtrain.config import ModelConfig, ObjectivesConfig
 from avtrain.models.avbert import AVBert, LocalEmbeddings, Tokens
 from avtrain.models.heads import SequenceHead
-from avtrain.negatives import sample_negatives
+from avtrain.pretraining.negatives import sample_negatives
 
 VISUAL, AUDIO = 0, 1
 _START_SCALE = 0.2

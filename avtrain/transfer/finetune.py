@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from avtrain.checkpoint import parts_of, save_model
+from avtrain.checkpoints.ours import parts_of, save_model
 from avtrain.config import Config, DataConfig, TrainingConfig
 from avtrain.data.augment import SoundAugmentation
 from avtrain.data.handover import check_room, in_flight_bytes
@@ -26,10 +26,10 @@ from avtrain.engine import Run
 from avtrain.files import written_whole
 from avtrain.models.avbert import AVBert
 from avtrain.models.heads import ClipHead, SequenceHead
-from avtrain.predictions import Predictions, ScoreSums, figures, targets_of
 from avtrain.progress import bar_options
 from avtrain.runtime import Runtime, seed_everything
-from avtrain.tasks import HINGE_MARGIN, Protocol
+from avtrain.transfer.predictions import Predictions, ScoreSums, figures, targets_of
+from avtrain.transfer.tasks import HINGE_MARGIN, Protocol
 
 _SAVE_EVERY = 500
 # Segments of a test batch: pictures are large, spectrograms small.

@@ -10,7 +10,7 @@ import numpy as np
 from avtrain.data.shards import ShardFolder
 from avtrain.data.views import ListedClip, list_clips
 from avtrain.errors import AvtrainError
-from avtrain.tasks import TASKS
+from avtrain.transfer.tasks import TASKS
 
 
 def present_tasks(root: Path) -> dict[str, list[str]]:

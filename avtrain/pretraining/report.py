@@ -16,8 +16,8 @@ import torch
 from avtrain import __version__
 from avtrain.config import Config, config_from, config_to
 from avtrain.errors import AvtrainError
-from avtrain.evaluation import CANDIDATES
 from avtrain.files import written_whole
+from avtrain.pretraining.held_out import CANDIDATES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

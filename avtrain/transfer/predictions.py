@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from avtrain.data.views import ListedClip, video_of
-from avtrain.metrics import Floats, bootstrap_map, bootstrap_means, interval, mean_average_precision, top_k
+from avtrain.transfer.metrics import Floats, bootstrap_map, bootstrap_means, interval, mean_average_precision, top_k
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,17 @@ from avtrain.data.loader import MOST_UNREADABLE
 from avtrain.data.shards import ShardFolder, open_folders
 from avtrain.data.views import ListedClip, ViewDataset, Views
 from avtrain.errors import AvtrainError
-from avtrain.features import view_features, weights_hash
 from avtrain.files import written_whole
-from avtrain.finetune import finetune, fixed_views, predict
-from avtrain.metrics import confusion
-from avtrain.outcome import draw_confusion, git_commit, numbers, read_predictions, write_predictions
-from avtrain.predictions import Predictions, ScoreSums, figures, mean_figures, targets_of
-from avtrain.probes import linear_scores, neighbour_scores, standardized
 from avtrain.runtime import Runtime
-from avtrain.source import Source
-from avtrain.splits import held_out, usable_clips
-from avtrain.tasks import TASKS, Protocol, Task, protocol_for
+from avtrain.transfer.features import view_features, weights_hash
+from avtrain.transfer.finetune import finetune, fixed_views, predict
+from avtrain.transfer.metrics import confusion
+from avtrain.transfer.predictions import Predictions, ScoreSums, figures, mean_figures, targets_of
+from avtrain.transfer.probes import linear_scores, neighbour_scores, standardized
+from avtrain.transfer.results import draw_confusion, git_commit, numbers, read_predictions, write_predictions
+from avtrain.transfer.splits import held_out, usable_clips
+from avtrain.transfer.start import Start
+from avtrain.transfer.tasks import TASKS, Protocol, Task, protocol_for
 
 _SETTINGS, _SHARDS = "settings.json", "shards.json"
 _RESULTS, _PREDICTIONS, _VALIDATION = "results.json", "predictions.jsonl", "validation.jsonl"
@@ -55,7 +55,7 @@ class Trial:
     seed: int = 0
 
 
-def evaluate_task(source: Source, trial: Trial, splits: list[str], root: Path, out: Path, cache: Path,
+def evaluate_task(source: Start, trial: Trial, splits: list[str], root: Path, out: Path, cache: Path,
                   runtime: Runtime, resume: bool = False) -> dict[str, Any]:
     """Transfer to the splits of a task, one after the other.
 
@@ -122,7 +122,7 @@ class _Outcome:
     shards: dict[str, Any]
 
 
-def _one_split(source: Source, trial: Trial, split: str, root: Path, out: Path, cache: Path, runtime: Runtime,
+def _one_split(source: Start, trial: Trial, split: str, root: Path, out: Path, cache: Path, runtime: Runtime,
                resume: bool) -> _Outcome:
     """Train and test on one split, or read what was found before."""
     task = TASKS[trial.task]
@@ -162,7 +162,7 @@ def _one_split(source: Source, trial: Trial, split: str, root: Path, out: Path, 
         "videos": {**videos, "unreadable": videos["test"] - len(on_test.videos)}})
 
 
-def _check_fit(folder: ShardFolder, source: Source, trial: Trial) -> None:
+def _check_fit(folder: ShardFolder, source: Start, trial: Trial) -> None:
     """Raise where the protocol does not go with the shards or the model."""
     protocol = trial.protocol
     source.check_parts(trial.modality, protocol.sequence)
@@ -176,7 +176,7 @@ def _check_fit(folder: ShardFolder, source: Source, trial: Trial) -> None:
         raise AvtrainError(f"transfer.train_views, transfer.test_views: the model has positions for {longest} segments")
 
 
-def _probe(source: Source, trial: Trial, known: tuple[ShardFolder, list[ListedClip]],
+def _probe(source: Start, trial: Trial, known: tuple[ShardFolder, list[ListedClip]],
            asked: list[tuple[ShardFolder, list[ListedClip]]], cache: Path, runtime: Runtime) -> list[Predictions]:
     """Linear or nearest neighbours, on cached features: learned from the clips that are known, for each that are
     asked."""
@@ -208,7 +208,7 @@ def _probe(source: Source, trial: Trial, known: tuple[ShardFolder, list[ListedCl
     return found
 
 
-def _rows_of(source: Source, folder: ShardFolder, clips: list[ListedClip], views: Views, cache: Path,
+def _rows_of(source: Start, folder: ShardFolder, clips: list[ListedClip], views: Views, cache: Path,
              runtime: Runtime) -> tuple[torch.Tensor, list[str], list[list[int]]]:
     """Features, keys and labels of the views of these clips; cached for each folder of shards by itself."""
     parts = [

@@ -18,9 +18,9 @@ from typing import Any
 
 from av.error import FFmpegError
 
-from avprep.against.compare import picture_problems, sound_problems
-from avprep.against.source import Around, decoded
 from avprep.errors import AvprepError
+from avprep.inspect.against.compare import picture_problems, sound_problems
+from avprep.inspect.against.source import Around, decoded
 from avprep.progress import progress
 from avprep.shards import read_index
 from avprep.spec import ClipSpec

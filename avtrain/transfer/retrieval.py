@@ -16,11 +16,11 @@ from avtrain.data.loader import ClipDataset
 from avtrain.data.shards import ShardFolder, ShardReader
 from avtrain.data.views import list_clips
 from avtrain.errors import AvtrainError
-from avtrain.features import Features, frozen_features
 from avtrain.files import written_whole
-from avtrain.metrics import Floats
 from avtrain.models.avbert import AVBert
 from avtrain.runtime import Runtime
+from avtrain.transfer.features import Features, frozen_features
+from avtrain.transfer.metrics import Floats
 
 _DIMENSIONS = 32  # of the space that pictures and sounds share
 _RIDGE = 0.1      # added to the covariances, in parts of their mean eigenvalue

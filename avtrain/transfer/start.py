@@ -10,16 +10,16 @@ from pathlib import Path
 
 import torch
 
-from avtrain.checkpoint import load_checkpoint, parts_of
+from avtrain.checkpoints.authors import load_released_parts
+from avtrain.checkpoints.ours import load_checkpoint, parts_of
 from avtrain.config import Config, DataConfig, parse_override, read_config, section_values
 from avtrain.errors import AvtrainError
 from avtrain.models.avbert import AVBert
-from avtrain.released import load_released_parts
 from avtrain.runtime import seed_everything
 
 
 @dataclass(frozen=True)
-class Source:
+class Start:
     """What is transferred.
 
     Attributes:
@@ -45,7 +45,7 @@ class Source:
                                f"has learned only {' and '.join(names[part] for part in sorted(self.parts))}")
 
 
-def load_source(checkpoint: Path, overrides: Iterable[str] = ()) -> Source:
+def load_source(checkpoint: Path, overrides: Iterable[str] = ()) -> Start:
     """Read a checkpoint of ours (.safetensors) or of the authors' release.
 
     Args:
@@ -71,10 +71,10 @@ def load_source(checkpoint: Path, overrides: Iterable[str] = ()) -> Source:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
-    return Source(model, data, str(checkpoint), digest.hexdigest(), parts)
+    return Start(model, data, str(checkpoint), digest.hexdigest(), parts)
 
 
-def random_source(preset: str, overrides: Iterable[str], seed: int) -> Source:
+def random_source(preset: str, overrides: Iterable[str], seed: int) -> Start:
     """A network at its random start.
 
     Args:
@@ -84,4 +84,4 @@ def random_source(preset: str, overrides: Iterable[str], seed: int) -> Source:
     """
     config = read_config(preset, overrides)
     seed_everything(seed)
-    return Source(AVBert(config.model), config.data, f"random start of preset {preset}", "", frozenset())
+    return Start(AVBert(config.model), config.data, f"random start of preset {preset}", "", frozenset())

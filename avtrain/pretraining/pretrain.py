@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from avtrain.checkpoint import save_model
+from avtrain.checkpoints.ours import save_model
 from avtrain.config import Config, config_from, config_to
 from avtrain.data.handover import check_room, in_flight_bytes
 from avtrain.data.loader import Batch, ClipDataset, UnreadableCount, batches
@@ -17,10 +17,10 @@ from avtrain.data.order import ClipPlace, at_epoch, batches_of, epoch_order
 from avtrain.data.shards import ShardFolder, open_folders
 from avtrain.engine import Run
 from avtrain.errors import AvtrainError
-from avtrain.evaluation import HeldOut
 from avtrain.files import written_whole
 from avtrain.models.avbert import AVBert
-from avtrain.objectives import Objectives
+from avtrain.pretraining.held_out import HeldOut
+from avtrain.pretraining.objectives import Objectives
 from avtrain.runtime import Runtime, seed_everything
 
 _CONFIG = "config.json"

@@ -1,0 +1,1 @@
+"""Checkpoints: ours, the authors', and programs for export."""

@@ -1,0 +1,1 @@
+"""Pretraining: batch -> losses, held-out figures, the report."""

@@ -1,0 +1,1 @@
+"""Transfer: tasks, protocols, and what comes out of them."""
