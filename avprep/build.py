@@ -76,7 +76,7 @@ def choose_splits(dataset: str, raw: Path, split: str) -> list[str]:
 
 def _did_you_mean(split: str, there: tuple[str, ...]) -> str:
     other_name = next((name for name, others in SPLIT_NAMES.items() if split.lower() in others), split)
-    nearest = get_close_matches(other_name, there, 1)
+    nearest = [name for name in there if name.startswith(other_name)] or get_close_matches(other_name, there, 1)
     return f" (did you mean {nearest[0]}?)" if nearest else ""
 
 
