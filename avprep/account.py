@@ -63,7 +63,7 @@ def account(folder: Path, sources: list[Source], media: list[Media | SourceFaile
         if isinstance(found, Media) and found.broken_off:
             failures.setdefault(source.key, {
                 "source": source.key, "path": source.name, "stage": "probe", "reason": Reason.TRUNCATED.value,
-                "detail": f"{found.length_s:.1f} of {found.promised_s:.1f} s are there",
+                "detail": f"{found.length_s:.1f} of {found.promised_s or found.length_s:.1f} s are there",
                 "clips_written": clips_of[source.key], "clips_failed": 0})
     report = SplitReport(folder, found=len(sources) + len(listing.skipped), written=len(sources) - len(failures))
     report.skipped.update(entry.reason for entry in listing.skipped)

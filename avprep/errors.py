@@ -24,6 +24,7 @@ class Reason(str, Enum):
     NO_LENGTH = "zero length"
     TRUNCATED = "truncated"
     CORRUPT = "corrupt stream"
+    UNTIMED = "nothing tells the time"
     NOT_FINITE = "values that are not finite"
     TIMEOUT = "time-out"
     CRASHED = "ffmpeg was killed"

@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avprep.errors import AvprepError, Reason, SourceFailed
-from avprep.probe import CLOCK_NEW_S, MISSING_S, MISSING_SHARE, Media
+from avprep.probe import LOOK_AHEAD, MISSING_S, MISSING_SHARE, Media
 from avprep.sound import Sound, on_time_line
 from avprep.spec import REFERENCE_STEP, ClipSpec
 
 # Files come from strangers: no network or device behind a playlist, no picture that eats the memory.
-_SAFE_INPUT = {"protocol_whitelist": "file", "max_pixels": 8192 * 8192}
+_SAFE_INPUT = {"protocol_whitelist": "file", "max_pixels": 8192 * 8192, **LOOK_AHEAD}
 # Decoding begins this much before a window: the first packets after a seek often can't be decoded whole.
 _LEAD_S = 1.0
 # Silence of more than this is worth a word.
@@ -84,8 +84,9 @@ def cut_clip(path: Path, media: Media, start_s: float, length_s: float, spec: Cl
     Picture and sound are both cut at `start_s` of the file's common time line: the first frame is held, or silence
     put in, where one of the streams begins later.
 
-    Seeking is not trusted: it aims a second early, and if the window's first picture or sound then comes late, or what
-    was found can't be decoded, the file is decoded from its start.
+    Seeking is not trusted: it aims a second early, and if no picture or sound is found from before the window, or what
+    was found can't be decoded, the file is decoded from its start. So is a file of sound alone, as that costs little:
+    after seeking, bare sound is given the times that were asked for, whatever it is.
 
     Args:
         path: the file.
@@ -101,7 +102,7 @@ def cut_clip(path: Path, media: Media, start_s: float, length_s: float, spec: Cl
     """
     window = _Window(path, media, start_s, length_s, spec, scratch, timeout_s)
     seek_s = start_s - _LEAD_S
-    if seek_s > 0 and not media.clock_restarts:
+    if seek_s > 0 and media.clock_jump_s is None and media.video_index is not None:
         try:
             cut = _cut_from(window, seek_s)
         except SourceFailed as failure:
@@ -130,10 +131,23 @@ def _picture_step_s(window: _Window) -> float:
 
 
 def _is_late(cut: Cut, window: _Window) -> bool:
-    """Whether the first picture or sound comes later than the stream's own steps explain."""
-    picture_late = window.media.video_index is not None and cut.picture_starts_s > 1.01 * _picture_step_s(window)
-    sound_late = window.media.audio_index is not None and (cut.sound is None or cut.sound.starts_s > FILLED_S)
-    return picture_late or sound_late
+    """Whether there is a first picture or sound before that which was found."""
+    picture_late = _is_seen(window) and cut.picture_starts_s > 0
+    return picture_late or (_is_heard(window) and (cut.sound is None or cut.sound.starts_s > FILLED_S))
+
+
+def _is_seen(window: _Window) -> bool:
+    """Whether a picture begins before the window's end and lasts for a frame of it or more."""
+    first_s, last_s = window.media.picture_s
+    return (window.media.video_index is not None and first_s < window.start_s + window.length_s
+            and last_s > window.start_s + 1 / window.spec.fps)
+
+
+def _is_heard(window: _Window) -> bool:
+    """Whether there is sound from a little before the window to its end."""
+    first_s, last_s = window.media.sound_s
+    return (window.media.audio_index is not None and first_s < window.start_s + window.length_s
+            and last_s > window.start_s - _LEAD_S)
 
 
 def _cut_from(window: _Window, seek_s: float) -> Cut:
@@ -145,19 +159,23 @@ def _cut_from(window: _Window, seek_s: float) -> Cut:
     source = ffmpeg.input(f"file:{_as_text(window.path.absolute())}", t=f"{skip_s + window.length_s:.6f}", threads=1,
                           **seek, **_SAFE_INPUT)
     outputs = []
-    if media.video_index is not None:
-        pictures = source[str(media.video_index)]
-        if skip_s > 0:
+    sees, hears = _is_seen(window), _is_heard(window)
+    if sees:
+        shown = source[str(media.video_index)].filter_multi_output("split")
+        pictures = shown[0]
+        if seek_s == 0:
+            # The file's first picture is held from 0 on. Not by `start_time` of fps: where a stream changes its
+            # parameters, ffmpeg makes its filters anew, and they would begin at 0 again.
+            latest_s = media.picture_s[0] + 2 * _picture_step_s(window)
+            pictures = pictures.filter("setpts", f"if(eq(N,0)*lt(T,{latest_s:.6f}),0,PTS)")
+        pictures = pictures.filter("fps", fps=spec.fps)
+        if skip_s > 0:  # after fps, which holds a picture until the next: the window may begin in a pause
             pictures = pictures.filter("trim", start=f"{skip_s:.6f}").filter("setpts", f"PTS-{skip_s:.6f}/TB")
-        shown = pictures.filter_multi_output("split")
-        # The first picture is held from 0 on. Not by `start_time` of fps: where a stream changes its parameters, ffmpeg
-        # makes its filters anew, and they would begin at 0 again; then the constant rate fills up.
-        latest_s = max(0.0, media.picture_starts_s - window.start_s) + 2 * _picture_step_s(window)
-        held = shown[0].filter("setpts", f"if(eq(N,0)*lt(T,{latest_s:.6f}),0,PTS)").filter("fps", fps=spec.fps)
-        outputs.append(ffmpeg.output(_scaled(held, spec), _as_text(scratch), **_constant_rate(), **_h264(spec)))
-        outputs.append(ffmpeg.output(shown[1].filter("trim", end_frame=1), _as_text(first_picture), format="framecrc"))
+        outputs.append(ffmpeg.output(_scaled(pictures, spec), _as_text(scratch), **_constant_rate(), **_h264(spec)))
+        outputs.append(ffmpeg.output(shown[1].filter("trim", end_frame=1), _as_text(first_picture),
+                                     format="framecrc"))
     lead_s = min(skip_s, _LEAD_S)
-    if media.audio_index is not None:
+    if hears:
         sound = source[str(media.audio_index)]
         if skip_s > lead_s:
             sound = sound.filter("atrim", start=f"{skip_s - lead_s:.6f}")
@@ -166,19 +184,21 @@ def _cut_from(window: _Window, seek_s: float) -> Cut:
         # NUT keeps the time stamps, which tell where in the clip each piece belongs.
         outputs.append(ffmpeg.output(mixed.filter("aresample", spec.sample_rate_hz), "pipe:1", format="nut",
                                      acodec="pcm_f32le"))
+    if not outputs:
+        return Cut(None, math.inf, None)
     # A stream that pauses is not to be taken for a new clock: whether there is one is known.
-    jump_s = CLOCK_NEW_S if media.clock_restarts else 1e6
+    jump_s = media.clock_jump_s or 1e6
     command = ffmpeg.merge_outputs(*outputs).global_args(
         "-nostdin", "-dts_delta_threshold", f"{jump_s:g}", "-loglevel", "error",
         "-filter_complex_threads", "1", "-max_error_rate", "0")
     try:
         stdout = _run(command.compile(cmd=_as_text(Path(ffmpeg_path())), overwrite_output=True), window.timeout_s)
-        mp4 = scratch.read_bytes() if media.video_index is not None else None
-        picture_starts_s = _first_time_s(first_picture) if media.video_index is not None else math.inf
+        mp4 = scratch.read_bytes() if sees else None
+        picture_starts_s = max(0.0, _first_time_s(first_picture) - skip_s) if sees else math.inf
     finally:
         scratch.unlink(missing_ok=True)
         first_picture.unlink(missing_ok=True)
-    if media.audio_index is None:
+    if not hears:
         return Cut(mp4, picture_starts_s, None)
     rate_hz = spec.sample_rate_hz
     found = on_time_line(_pieces(stdout), round(lead_s * rate_hz), round(window.length_s * rate_hz), rate_hz)
@@ -200,9 +220,11 @@ def _first_time_s(framecrc: Path) -> float:
 
 def _pieces(nut: bytes) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """The packets of ffmpeg's own output: (sample number of the first, (samples, 2))."""
-    if not nut:
+    try:
+        container = av.open(io.BytesIO(nut), "r", format="nut")
+    except av.error.FFmpegError:  # a header without packets, or not even that: there is no sound in the window
         return
-    with av.open(io.BytesIO(nut), "r", format="nut") as container:
+    with container:
         stream = container.streams.audio[0]
         for packet in container.demux(stream):
             if packet.size and packet.pts is not None and stream.time_base is not None:

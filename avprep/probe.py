@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import av
 
 from avprep.errors import Reason, SourceFailed
 
 _TIMEOUT_S = 30.0
+# A stream may begin late in the file: so far is read on for one that formats without a list of streams don't name.
+LOOK_AHEAD = {"analyzeduration": str(60_000_000), "probesize": str(50_000_000)}  # microseconds, bytes
+# Lists of other files, which a stranger's file is not to name.
+_PLAYLISTS = frozenset({"concat", "hls", "applehttp", "dash", "imf", "sdp", "rtsp"})
 # What lacks more than this of what was promised was cut off in download.
 MISSING_SHARE, MISSING_S = 0.1, 0.5
 # A length in the headers that is this near to that of the packets is the better one: packets of sound overhang.
 SAME_LENGTH_S = 0.1
-# Time stamps that jump back by more than this, or (where the format allows for it) ahead of all streams, are a new
-# clock's. Where there is one, packets of the old and the new clock come mixed: then a second ahead is a jump too.
-_CLOCK_BACK_S, _CLOCK_AHEAD_S, CLOCK_NEW_S = 0.1, 10.0, 1.0
+# Time stamps that jump back by more than this, or (where the format allows for it) so far ahead of all streams, are a
+# new clock's. Where there is one, packets of the old and the new clock come mixed: then half a jump ahead is one too.
+_CLOCK_BACK_S, _CLOCK_AHEAD_S, _CLOCK_NEAREST_S = 0.1, 60.0, 1.0
 # libav's flags of a format: positions are found by reading from the start; the clock may begin anew.
 _GENERIC_INDEX, _CLOCK_MAY_JUMP = 0x100, 0x200
 _HDR_TRANSFERS = frozenset({16, 18})  # PQ (SMPTE 2084) and HLG (ARIB B67), as ITU-T H.273 numbers them
@@ -33,8 +39,9 @@ class Media:
         bits_per_s: of the whole file; 0 where unknown.
         promised_s: the length that the container states; None where it states none.
         broken_off: the container states more than came, and not as an estimate: the file was cut off in download.
-        clock_restarts: its time stamps begin anew in the middle, so that one time names two places.
-        picture_starts_s: when the first picture comes, from the file's first instant.
+        clock_jump_s: where its time stamps begin anew in the middle, so that one time names two places: a step ahead of
+            more than this is another clock's. None for all other files.
+        picture_s, sound_s: when the first picture (sound) begins and the last one ends, from the file's first instant.
         frames_per_s: pictures for each second, counted; 0 without pictures.
         hdr: pictures of high dynamic range (PQ or HLG).
     """
@@ -45,8 +52,9 @@ class Media:
     bits_per_s: int
     promised_s: float | None = None
     broken_off: bool = False
-    clock_restarts: bool = False
-    picture_starts_s: float = 0.0
+    clock_jump_s: float | None = None
+    picture_s: tuple[float, float] = (0.0, 0.0)
+    sound_s: tuple[float, float] = (0.0, 0.0)
     frames_per_s: float = 0.0
     hdr: bool = False
 
@@ -60,7 +68,10 @@ def probe(path: Path) -> Media:
     if path.stat().st_size == 0:
         raise SourceFailed("probe", Reason.EMPTY)
     try:
-        with av.open(str(path), timeout=_TIMEOUT_S, options={"protocol_whitelist": "file"}) as container:
+        with av.open(str(path), timeout=_TIMEOUT_S,
+                     options={"protocol_whitelist": "file", **LOOK_AHEAD}) as container:
+            if _PLAYLISTS & set(container.format.name.split(",")):
+                raise SourceFailed("probe", Reason.UNREADABLE, "a list of other files")
             video = _best_video(container)
             audio = container.streams.best("audio", related=video)
             streams = [stream for stream in (video, audio) if stream is not None]
@@ -71,9 +82,11 @@ def probe(path: Path) -> Media:
             length_s = promised_s
             if length_s is None or abs(counted.length_s - length_s) > SAME_LENGTH_S:
                 length_s = counted.length_s
+            broken_off = counted.broken or (
+                counted.jump_s is None and _is_broken_off(container, promised_s, length_s))
             media = Media(length_s, video.index if video else None, audio.index if audio else None,
-                          container.bit_rate or 0, promised_s, _is_broken_off(container, promised_s, length_s),
-                          counted.restarts, counted.picture_starts_s or 0.0,
+                          container.bit_rate or 0, promised_s, broken_off, counted.jump_s,
+                          counted.span_of(video), counted.span_of(audio),
                           counted.frames / length_s if length_s > 0 else 0.0,
                           video is not None and video.codec_context.color_trc in _HDR_TRANSFERS)
     except av.error.FFmpegError as error:
@@ -99,7 +112,10 @@ def _promised_s(container: av.container.InputContainer, streams: list[av.stream.
               for stream in streams if stream.duration is not None and stream.time_base is not None]
     if len(ends_s) == len(streams):
         return max(ends_s)
-    return container.duration / av.time_base if container.duration is not None else None
+    if container.duration is None:
+        return None
+    # Matroska's length counts from 0 wherever the first time stamp is.
+    return container.duration / av.time_base - (start_s if start_s > 1 and "matroska" in container.format.name else 0)
 
 
 def _is_broken_off(container: av.container.InputContainer, promised_s: float | None, length_s: float) -> bool:
@@ -113,21 +129,34 @@ def _is_broken_off(container: av.container.InputContainer, promised_s: float | N
 @dataclass
 class _Counted:
     length_s: float = 0.0
-    picture_starts_s: float | None = None
     frames: int = 0
-    restarts: bool = False
+    jump_s: float | None = None
+    broken: bool = False  # reading ended with an error
+    spans_s: dict[int, tuple[float, float]] = field(default_factory=dict)  # by the stream's number
+
+    def span_of(self, stream: av.stream.Stream | None) -> tuple[float, float]:
+        """The stream's first instant and its last."""
+        return (0.0, 0.0) if stream is None else self.spans_s.get(stream.index, (0.0, 0.0))
 
 
 def _count_packets(container: av.container.InputContainer, streams: list[av.stream.Stream]) -> _Counted:
     """The length by the chosen streams' packets. Where the clock jumps back, or far ahead in a format whose clock may
-    (as a joined transport stream's), time goes on from there, as ffmpeg has it."""
+    (as a joined transport stream's), time goes on from there, as ffmpeg has it.
+
+    Raises:
+        SourceFailed: bare AAC whose sample rate changes, so that nothing tells the time of what follows.
+    """
     counted = _Counted()
     may_jump = bool(container.format.flags & _CLOCK_MAY_JUMP)
     start_s = None if container.start_time is None else container.start_time / av.time_base
     last_s: dict[int, float] = {}  # the end of each stream so far, by its own clock
-    for packet in container.demux(streams):
-        if packet.size == 0 or packet.time_base is None:
-            continue
+    rates: set[int] = set()
+    for packet in _packets(container, streams, counted):
+        assert packet.time_base is not None
+        if container.format.name == "aac":
+            rates.add(bytes(packet)[2] >> 2 & 0xF if packet.size > 2 else 0)
+            if len(rates) > 1:
+                raise SourceFailed("probe", Reason.UNTIMED, "bare AAC whose sample rate changes")
         duration_s = float((packet.duration or 0) * packet.time_base)
         show_s = None if packet.pts is None else float(packet.pts * packet.time_base)
         if packet.dts is not None or show_s is None:  # only decoding's order tells a new clock
@@ -135,18 +164,32 @@ def _count_packets(container: av.container.InputContainer, streams: list[av.stre
             # Bare streams count nothing but durations.
             decode_s = before_s or start_s or 0.0 if packet.dts is None else float(packet.dts * packet.time_base)
             start_s = decode_s if start_s is None else start_s
-            ahead_s = CLOCK_NEW_S if counted.restarts else _CLOCK_AHEAD_S
+            ahead_s = counted.jump_s or _CLOCK_AHEAD_S
             if before_s is not None and (decode_s < before_s - _CLOCK_BACK_S
                                          or (may_jump and decode_s > max(last_s.values()) + ahead_s)):
-                counted.restarts = True
-                start_s -= before_s - decode_s  # all that is later counts from the new clock
-                last_s = {index: end_s - (before_s - decode_s) for index, end_s in last_s.items()}
+                jump_s = decode_s - before_s
+                counted.jump_s = min(ahead_s, max(_CLOCK_NEAREST_S, abs(jump_s) / 2))
+                start_s += jump_s  # all that is later counts from the new clock
+                last_s = {index: end_s + jump_s for index, end_s in last_s.items()}
             last_s[packet.stream_index] = decode_s + duration_s
             show_s = decode_s if show_s is None else show_s
         start_s = show_s if start_s is None else start_s
-        counted.length_s = max(counted.length_s, show_s + duration_s - start_s)
-        if packet.stream.type == "video":
-            counted.frames += 1
-            if counted.picture_starts_s is None:  # keyframe first: no picture is shown before it
-                counted.picture_starts_s = show_s - start_s
+        end_s = show_s + duration_s - start_s
+        counted.length_s = max(counted.length_s, end_s)
+        first_s, last_end_s = counted.spans_s.get(packet.stream_index, (show_s - start_s, end_s))
+        counted.spans_s[packet.stream_index] = (first_s, max(last_end_s, end_s))  # the first picture is a keyframe
+        counted.frames += packet.stream.type == "video"
     return counted
+
+
+def _packets(container: av.container.InputContainer, streams: list[av.stream.Stream],
+             counted: _Counted) -> Iterator[av.packet.Packet[Any]]:
+    """The packets of these streams; an error on the way, after some, is the file's end."""
+    try:
+        for packet in container.demux(streams):
+            if packet.size and packet.time_base is not None:
+                yield packet
+    except av.error.FFmpegError:
+        if not counted.spans_s:
+            raise
+        counted.broken = True

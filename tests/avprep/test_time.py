@@ -95,6 +95,85 @@ def test_a_stream_that_pauses_is_no_new_clock(ffmpeg, master, built, tmp_path, o
     assert np.abs(np.array(clip.frames_s) + 0.05 - seen)[shows].max() <= 0.2
 
 
+@pytest.mark.parametrize("option", [["-af", "aselect='lt(t,3)+gt(t,6.5)'"], ["-vf", "select='lt(t,3)+gt(t,6.5)'"]],
+                         ids=["sound", "picture"])
+def test_a_pause_before_the_clock_begins_anew(ffmpeg, master, built, tmp_path, option):
+    """What tells a new clock must not take a pause of 3 s in one stream for one, whichever comes first."""
+    content = b""
+    for number, more in enumerate((option, [])):
+        piece = tmp_path / f"{number}.ts"
+        ffmpeg("-ss", 20 * number, "-t", 20, "-i", master, *H264, "-g", 20, *AAC, *more, "-fps_mode", "passthrough",
+               *TS, piece)
+        content += piece.read_bytes()
+    (tmp_path / "raw/x.ts").write_bytes(content)
+    first, second = built()[0]
+    heard = [(round(at_s), tone) for at_s, tone in first.beeps]
+    assert heard == [(second, second % 10) for second in range(30) if "-vf" in option or not 3 <= second <= 6]
+    wrong_by_s = np.abs(np.array(first.frames_s) + 0.05 - np.arange(480) / 16)
+    assert wrong_by_s[:45].max() <= 0.2 and wrong_by_s[108:].max() <= 0.2
+    second.assert_in_step(30, 10, 10, within_s=0.15)
+
+
+@pytest.mark.parametrize("kind", ["mp4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("mkv", "ts"))])
+def test_a_clip_that_begins_in_a_pause_of_the_pictures(ffmpeg, master, built, tmp_path, kind):
+    """What is shown is the last picture before the clip, as in the source, until the next; never one of the future."""
+    ffmpeg("-i", master, "-vf", "select='lt(t,12)+gt(t,35)'", "-fps_mode", "vfr", *H264, *AAC,
+           tmp_path / f"raw/x.{kind}")
+    clips = built("--frames", 320)[0]
+    shown = np.concatenate([clip.frames_s for clip in clips])[:50 * 16]
+    right = np.arange(len(shown)) / 16
+    right[(right >= 12) & (right <= 35)] = 11.9
+    assert np.abs(shown + 0.05 - right).max() <= 0.2 and len(clips) == 3
+    assert all("held_frames" not in clip.info["marks"] for clip in clips)
+
+
+@pytest.mark.parametrize(("kind", "ends_s"), [
+    ("mp4", 6), ("ts", 20.03), *(pytest.param(kind, ends_s, marks=pytest.mark.slow)
+                                 for kind in ("mp4", "mkv", "ts") for ends_s in (19.5, 20.03, 20.5))])
+def test_a_stream_that_ends_before_a_later_clip(ffmpeg, master, built, tmp_path, kind, ends_s):
+    """Sound (and in another file the picture) is missing where there is none; what there is stays."""
+    for name, streams in (("a", ("1:v", "0:a")), ("v", ("0:v", "1:a"))):
+        ffmpeg("-t", ends_s, "-i", master, "-i", master, "-map", streams[0], "-map", streams[1], *H264, *AAC,
+               tmp_path / f"raw/{name}.{kind}")
+    clips, failures = built("--frames", 320)
+    assert not failures and len(clips) == 6
+    for clip in clips:
+        lacks, start_s = ("sound" if clip.info["source"][0] == "a" else "picture"), clip.info["start_s"]
+        other = "frames" if lacks == "sound" else "mel_frames"
+        assert clip.info[other] > 100
+        if start_s == 40 or ends_s < 20 and start_s == 20:
+            assert clip.info["missing"] == [lacks]
+
+
+def test_sound_that_begins_late_in_a_stream_without_a_list(ffmpeg, master, built, tmp_path):
+    """libav looks 5 s far for streams unless it is told to look farther."""
+    ffmpeg("-itsoffset", 12, "-i", master, "-i", master, "-t", 30, "-map", "1:v", "-map", "0:a", *H264, *AAC,
+           tmp_path / "raw/x.ts")
+    [clip], _ = built()
+    assert clip.info["missing"] == [] and "filled_silence" in clip.info["marks"] and round(clip.beeps[0][0]) == 12
+
+
+@pytest.mark.parametrize("codec", ["adpcm_ms", "adpcm_ima_wav", "pcm_alaw"])
+def test_sound_in_blocks_is_not_sought(ffmpeg, built, tmp_path, codec):
+    """After seeking in ADPCM, ffmpeg 5.1 gives its time stamps to sound of 3 s later."""
+    ffmpeg(*sound(50, 22_050), "-c:a", codec, tmp_path / "raw/x.wav")
+    clips = built("--frames", 320)[0]
+    for clip, length_s in zip(clips, (20, 20, 10), strict=True):
+        clip.assert_in_step(clip.info["start_s"], None, length_s)
+
+
+def test_bare_sound_that_changes_its_rate_is_refused(ffmpeg, built, tmp_path):
+    """Its packets tell no time, and are counted by the first one's rate."""
+    content = b""
+    for number, rate_hz in enumerate((44_100, 24_000)):
+        ffmpeg(*sound(8, rate_hz), "-c:a", "aac", tmp_path / f"{number}.aac")
+        content += (tmp_path / f"{number}.aac").read_bytes()
+    (tmp_path / "raw/x.aac").write_bytes(content)
+    ffmpeg(*sound(4), "-c:a", "aac", tmp_path / "raw/good.aac")
+    clips, [failure] = built()
+    assert failure["reason"] == "nothing tells the time" and [clip.info["source"] for clip in clips] == ["good.aac"]
+
+
 # --- seeking: clips of 20 s, so that the later ones begin between keyframes
 
 CONTAINERS = {
@@ -238,6 +317,21 @@ def test_silence_that_was_put_in_is_marked(ffmpeg, built, tmp_path):
     ffmpeg(*source(6), *H264, *AAC, raw / "plain.mp4")
     marks = {clip.info["source"]: clip.info["marks"] for clip in built()[0]}
     assert marks == {"late.mkv": ["filled_silence"], "gap.mkv": ["filled_silence"], "plain.mp4": []}
+
+
+@pytest.mark.parametrize("offset_s", [5000, 0.5])
+def test_a_clock_that_begins_late_is_no_broken_file(ffmpeg, master, built, tmp_path, offset_s):
+    ffmpeg("-t", 6, "-i", master, *H264, *AAC, "-output_ts_offset", offset_s, tmp_path / "raw/x.mkv")
+    [clip], failures = built()
+    assert not failures
+    clip.assert_in_step(0, 6, 6)
+
+
+def test_a_list_of_other_files_is_no_media_file(ffmpeg, built, tmp_path):
+    ffmpeg(*sound(4), tmp_path / "raw/good.wav")
+    (tmp_path / "raw/list.mp4").write_text("ffconcat version 1.0\nfile good.wav\n")
+    clips, [failure] = built()
+    assert (failure["path"], failure["reason"]) == ("list.mp4", "not a readable media file") and len(clips) == 1
 
 
 def test_material_is_readable():
