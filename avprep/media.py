@@ -145,9 +145,10 @@ def _is_seen(window: _Window) -> bool:
 
 def _is_heard(window: _Window) -> bool:
     """Whether there is sound from a little before the window to its end."""
-    first_s, last_s = window.media.sound_s
-    return (window.media.audio_index is not None and first_s < window.start_s + window.length_s
-            and last_s > window.start_s - _LEAD_S)
+    media, from_s, until_s = window.media, window.start_s - _LEAD_S, window.start_s + window.length_s
+    paused = any(begins_s <= from_s and ends_s >= until_s for begins_s, ends_s in media.sound_pauses_s)
+    return (media.audio_index is not None and media.sound_s[0] < until_s and media.sound_s[1] > from_s
+            and not paused)
 
 
 def _cut_from(window: _Window, seek_s: float) -> Cut:
@@ -171,9 +172,11 @@ def _cut_from(window: _Window, seek_s: float) -> Cut:
         pictures = pictures.filter("fps", fps=spec.fps)
         if skip_s > 0:  # after fps, which holds a picture until the next: the window may begin in a pause
             pictures = pictures.filter("trim", start=f"{skip_s:.6f}").filter("setpts", f"PTS-{skip_s:.6f}/TB")
-        outputs.append(ffmpeg.output(_scaled(pictures, spec), _as_text(scratch), **_constant_rate(), **_h264(spec)))
-        outputs.append(ffmpeg.output(shown[1].filter("trim", end_frame=1), _as_text(first_picture),
-                                     format="framecrc"))
+        rate = _rate_option()
+        outputs.append(ffmpeg.output(_scaled(pictures, spec), _as_text(scratch), **{rate: "cfr"}, **_h264(spec)))
+        # In steps of a millisecond; else times would be rounded to the source's own steps.
+        outputs.append(ffmpeg.output(shown[1].filter("trim", end_frame=1), _as_text(first_picture), format="framecrc",
+                                     enc_time_base="1:1000", **{rate: "passthrough"}))
     lead_s = min(skip_s, _LEAD_S)
     if hears:
         sound = source[str(media.audio_index)]
@@ -240,10 +243,9 @@ def _scaled(pictures: ffmpeg.nodes.FilterableStream, spec: ClipSpec) -> ffmpeg.n
     return pictures.filter("scale", w=width, h=height, flags="bicubic").filter("setsar", 1)
 
 
-def _constant_rate() -> dict[str, str]:
-    """Frames at an even pace from the window's start on; by the option's name since ffmpeg 5.1, or the one before."""
-    old = re.match(r"n?([0-4]|5\.0)\.", ffmpeg_version())
-    return {"vsync" if old else "fps_mode": "cfr"}
+def _rate_option() -> str:
+    """ffmpeg's option for the pace of frames (cfr, passthrough), by its name since 5.1, or the one before."""
+    return "vsync" if re.match(r"n?([0-4]|5\.0)\.", ffmpeg_version()) else "fps_mode"
 
 
 def _h264(spec: ClipSpec) -> dict[str, object]:

@@ -23,6 +23,7 @@ SAME_LENGTH_S = 0.1
 # Time stamps that jump back by more than this, or (where the format allows for it) so far ahead of all streams, are a
 # new clock's. Where there is one, packets of the old and the new clock come mixed: then half a jump ahead is one too.
 _CLOCK_BACK_S, _CLOCK_AHEAD_S, _CLOCK_NEAREST_S = 0.1, 60.0, 1.0
+_PAUSE_S = 1.0  # of sound
 # libav's flags of a format: positions are found by reading from the start; the clock may begin anew.
 _GENERIC_INDEX, _CLOCK_MAY_JUMP = 0x100, 0x200
 _HDR_TRANSFERS = frozenset({16, 18})  # PQ (SMPTE 2084) and HLG (ARIB B67), as ITU-T H.273 numbers them
@@ -42,6 +43,7 @@ class Media:
         clock_jump_s: where its time stamps begin anew in the middle, so that one time names two places: a step ahead of
             more than this is another clock's. None for all other files.
         picture_s, sound_s: when the first picture (sound) begins and the last one ends, from the file's first instant.
+        sound_pauses_s: from when to when it has no sound, where that is more than a second.
         frames_per_s: pictures for each second, counted; 0 without pictures.
         hdr: pictures of high dynamic range (PQ or HLG).
     """
@@ -55,6 +57,7 @@ class Media:
     clock_jump_s: float | None = None
     picture_s: tuple[float, float] = (0.0, 0.0)
     sound_s: tuple[float, float] = (0.0, 0.0)
+    sound_pauses_s: tuple[tuple[float, float], ...] = ()
     frames_per_s: float = 0.0
     hdr: bool = False
 
@@ -86,7 +89,7 @@ def probe(path: Path) -> Media:
                 counted.jump_s is None and _is_broken_off(container, promised_s, length_s))
             media = Media(length_s, video.index if video else None, audio.index if audio else None,
                           container.bit_rate or 0, promised_s, broken_off, counted.jump_s,
-                          counted.span_of(video), counted.span_of(audio),
+                          counted.span_of(video), counted.span_of(audio), tuple(counted.sound_pauses_s),
                           counted.frames / length_s if length_s > 0 else 0.0,
                           video is not None and video.codec_context.color_trc in _HDR_TRANSFERS)
     except av.error.FFmpegError as error:
@@ -132,6 +135,7 @@ class _Counted:
     frames: int = 0
     jump_s: float | None = None
     broken: bool = False  # reading ended with an error
+    sound_pauses_s: list[tuple[float, float]] = field(default_factory=list)
     spans_s: dict[int, tuple[float, float]] = field(default_factory=dict)  # by the stream's number
 
     def span_of(self, stream: av.stream.Stream | None) -> tuple[float, float]:
@@ -177,6 +181,8 @@ def _count_packets(container: av.container.InputContainer, streams: list[av.stre
         end_s = show_s + duration_s - start_s
         counted.length_s = max(counted.length_s, end_s)
         first_s, last_end_s = counted.spans_s.get(packet.stream_index, (show_s - start_s, end_s))
+        if packet.stream.type == "audio" and show_s - start_s > last_end_s + _PAUSE_S:
+            counted.sound_pauses_s.append((last_end_s, show_s - start_s))
         counted.spans_s[packet.stream_index] = (first_s, max(last_end_s, end_s))  # the first picture is a keyframe
         counted.frames += packet.stream.type == "video"
     return counted
