@@ -136,7 +136,7 @@ def compare_eval(base: Tree, here: Tree) -> list[str]:
     """What differs in the figures of results.json."""
     wrong = []
     for protocol in PROTOCOLS:
-        one, other = (json.loads((tree.work / "eval" / protocol / "results.json").read_text())["metrics"]
+        one, other = (json.loads((tree.work / "eval" / protocol / "results.json").read_text())["splits"]
                       for tree in (base, here))
         print(f"eval {protocol}: {other}", flush=True)
         if one != other:
