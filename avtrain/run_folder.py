@@ -186,7 +186,7 @@ def check_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, An
         before: what it wrote down.
         now: what is asked for.
     """
-    found = list(_differences(*(json.loads(json.dumps(one)) for one in (before, now)), ""))  # tuples as lists
+    found = list(_differences(_as_read(before), _as_read(now), ""))
     if found:
         more = f", and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
         raise AvtrainError(f"{folder} was begun with other settings: {', '.join(found[:_MOST_NAMED])}{more}; use the "
@@ -206,6 +206,12 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str)
             yield from _differences(one, other, f"{prefix}{name}.")
         elif one != other:
             yield f"{prefix}{name} was {_shown(one)} and is {_shown(other)}"
+
+
+def _as_read(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As a file of settings gives them back: tuples as lists."""
+    read: dict[str, Any] = json.loads(json.dumps(settings))
+    return read
 
 
 def _shown(value: Any) -> str:
