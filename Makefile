@@ -36,8 +36,7 @@ lint: $(READY)  ## ruff and mypy
 
 pretrain: $(READY)  ## prepare DATASET (demo) and pretrain PRESET (tiny) on it; run again to go on
 	$(BIN)/avprep build --dataset $(DATASET) --split all --out $(SHARDS) --workers $(WORKERS)
-	$(BIN)/avtrain pretrain --shards $(SHARDS)/$(DATASET) --preset $(PRESET) --out $(RUN) \
-		$(if $(wildcard $(RUN)/checkpoints),--resume)
+	$(BIN)/avtrain pretrain --shards $(SHARDS)/$(DATASET) --preset $(PRESET) --out $(RUN)
 
 demo: $(READY)  ## make the demo dataset, build its shards, draw a contact sheet
 	$(BIN)/avprep build --dataset demo --split all --workers $(WORKERS)

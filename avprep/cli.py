@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 _SPEC = ClipSpec()
+_DEMO_VIDEOS = {"train": 300, "test": 100}
 _CONTEXT = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "AVPREP", "show_default": True}
 
 
@@ -92,7 +93,7 @@ def build(split: str, dataset: str, raw: Path | None, out: Path, workers: int, e
         from avprep.demo import make_demo
 
         click.echo(f"making the demo dataset in {raw}")
-        make_demo(raw, workers)
+        make_demo(raw, workers, _DEMO_VIDEOS)
     check_raw(dataset, raw)
     clips = 0
     splits = choose_splits(dataset, raw, split)
@@ -133,8 +134,8 @@ def _print_report(title: str, report: SplitReport) -> None:
 @main.command()
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("data/demo"),
               help="Where the videos go, as SPLIT/CLASS/*.mp4.")
-@click.option("--train", type=click.IntRange(1), default=200, help="Videos of the train split.")
-@click.option("--test", type=click.IntRange(1), default=100, help="Videos of the test split.")
+@click.option("--train", type=click.IntRange(1), default=_DEMO_VIDEOS["train"], help="Videos of the train split.")
+@click.option("--test", type=click.IntRange(1), default=_DEMO_VIDEOS["test"], help="Videos of the test split.")
 @click.option("--seed", type=int, default=0, help="Another seed gives other videos.")
 @click.option("--workers", type=click.IntRange(1), default=os.cpu_count() or 1, show_default="all cores",
               help="Videos made at the same time.")

@@ -25,7 +25,6 @@ from avprep.executors import run_local
 from avprep.media import ffmpeg_path
 from avprep.progress import progress
 
-COUNTS = {"train": 300, "test": 100}
 _CLIP_S, _CUT_S = 30.0, 2.0
 _FPS, _WIDTH, _HEIGHT, _SAMPLE_RATE_HZ = 16, 96, 72, 44_100
 _BEAT_S = (0.9, 2.0)  # mean length of a beat, constant within a clip
@@ -74,14 +73,14 @@ _SOUNDS: dict[str, Callable[[Floats], tuple[Floats, Floats]]] = {
 CLASSES = tuple(sorted(_MOTIONS))
 
 
-def make_demo(folder: Path, workers: int, counts: dict[str, int] | None = None, seed: int = 0) -> None:
+def make_demo(folder: Path, workers: int, counts: dict[str, int], seed: int = 0) -> None:
     """Write `folder/SPLIT/CLASS/NNNN.mp4`, 96 x 72 H.264 at 16 fps with 44.1-kHz sound, the classes in turn.
 
     The whole folder appears when it is complete. The same seed gives the same videos.
     """
     part = folder.with_name(folder.name + ".part")
     videos = [(part / split / CLASSES[number % len(CLASSES)] / f"{number:04d}.mp4", seed)
-              for split, count in (counts or COUNTS).items() for number in range(count)]
+              for split, count in counts.items() for number in range(count)]
     if part.exists():
         shutil.rmtree(part)  # of a run that was stopped: what it left would be taken for videos
     for path, _ in videos:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from avtrain import __version__
 from avtrain.errors import AvtrainError
+from avtrain.options import FILE, FOLDER, going_on_options, runtime_options, set_option
 
 if TYPE_CHECKING:
     from avtrain.config import Config
@@ -27,15 +28,6 @@ _SHARING = {
     "lowrank": (True, True, True),
 }
 _DEFAULT_RANK = 128
-_Command = TypeVar("_Command", bound=Callable[..., Any])
-_FILE = click.Path(path_type=Path, dir_okay=False)
-_FOLDER = click.Path(path_type=Path, file_okay=False)
-
-
-def _set_option(command: str, help_text: str, metavar: str = "SECTION.FIELD=VALUE") -> Callable[[_Command], _Command]:
-    """--set of a command; click would make AVTRAIN_COMMAND_OVERRIDES of the parameter's name."""
-    return click.option("--set", "overrides", multiple=True, metavar=metavar, help=help_text,
-                        envvar=f"AVTRAIN_{command.upper()}_SET")
 
 
 class _Commands(click.Group):
@@ -73,7 +65,7 @@ def main() -> None:
 @click.option("--share", type=click.Choice(list(_SHARING)),
               help="Instead of the preset's: weights across layers, Transformers, both, or both with low rank.")
 @click.option("--rank", type=click.IntRange(2), help="Of the factored layers, instead of the preset's.")
-@_set_option("params", "Any setting; may be repeated.")
+@set_option("params", "Any setting; may be repeated.")
 def params(preset: str, fusion: str | None, share: str | None, rank: int | None, overrides: tuple[str, ...]) -> None:
     """Count parameters by part, and what sharing saves."""
     from avtrain.config import read_config
@@ -133,21 +125,20 @@ def _count(config: Config) -> dict[str, int]:
 @click.option("--test-shards", multiple=True,
               help="Held-out folders.  [default: SHARDS/test or SHARDS/val where it is]")
 @click.option("--preset", default="tiny", help="tiny, small, sound, paper, or a .toml file.")
-@_set_option("pretrain", "Any setting; may be repeated.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/pretrain"),
+@set_option("pretrain", "Any setting; may be repeated.")
+@click.option("--out", type=FOLDER, default=Path("runs/pretrain"),
               help="Folder of the run: checkpoints, metrics.jsonl, TensorBoard events.")
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in OUT.")
+@going_on_options
 @click.option("--max-steps", type=click.IntRange(1), help="Stop after this step, with a checkpoint.")
 @click.option("--max-time", type=click.FloatRange(0.01), help="Stop after so many minutes, with a checkpoint.")
-@click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]")
-@click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto",
-              help="auto: bfloat16 where the hardware has it.")
+@runtime_options
 def pretrain(shards: tuple[str, ...], test_shards: tuple[str, ...], preset: str, overrides: tuple[str, ...], out: Path,
-             resume: bool, max_steps: int | None, max_time: float | None, device: str | None, precision: str) -> None:
-    """Pretrain a model from scratch on shards."""
+             force: bool, max_steps: int | None, max_time: float | None, device: str | None, precision: str) -> None:
+    """Pretrain a model from scratch on shards. Run again, a run that was stopped goes on to the same losses."""
     from avtrain.config import read_config
     from avtrain.pretraining.pretrain import pretrain as run_pretraining
-    from avtrain.pretraining.report import held_out_text, write_report
+    from avtrain.pretraining.report import PAGE, held_out_text, is_current, write_report
+    from avtrain.run_folder import RunFolder
     from avtrain.runtime import choose_runtime
 
     config = read_config(preset, overrides)
@@ -155,18 +146,22 @@ def pretrain(shards: tuple[str, ...], test_shards: tuple[str, ...], preset: str,
     test = list(test_shards) or [there for location in shards
                                  if (there := _split_of(location, "test") or _split_of(location, "val"))]
     try:
-        run = run_pretraining(config, train, test, out, choose_runtime(device, precision), resume, max_steps,
+        run = run_pretraining(config, train, test, out, choose_runtime(device, precision), force, max_steps,
                               60 * max_time if max_time else None)
     except KeyboardInterrupt:
-        if (out / "metrics.jsonl").is_file():
+        if RunFolder(out).lines():
             write_report(out)
         raise
-    page, _ = write_report(out)
-    click.echo(f"step {run.position.step} of {config.training.steps}: {run.last_checkpoint()}/model.safetensors, "
+    if run.made == 0:
+        click.echo(f"{out} is at step {run.step} already: nothing is left to do (--force begins anew)")
+    page = out / PAGE
+    if run.made or not is_current(out):
+        write_report(out)
+    click.echo(f"step {run.step} of {config.training.steps}: {run.folder.last_checkpoint()}/model.safetensors, "
                f"{out}/metrics.jsonl, {page}")
     if run.bad_steps:
         click.echo(f"the losses of the last {run.bad_steps} steps were not finite; the checkpoint is from before them")
-    for line in held_out_text(run.last_figures()):
+    for line in held_out_text(run.folder.last_figures()):
         click.echo(line)
 
 
@@ -178,7 +173,8 @@ def _split_of(location: str, split: str) -> str | None:
 @main.command("eval")
 @click.option("--task", required=True, help="ucf101, esc50, esc10, kinetics-sounds, charades, audioset, demo, folder, "
                                            "or all: those whose shards are there.")
-@click.option("--checkpoint", type=_FILE, help="Of ours (.safetensors) or of the authors' release (.pyth).")
+@click.option("--checkpoint", type=FILE, help="Of ours (.safetensors) or of the authors' release (.pyth).  "
+              "[default: the last one of the newest run under runs/]")
 @click.option("--init", type=click.Choice(["random"]), help="Instead of a checkpoint: a network at its random start.")
 @click.option("--preset", help="Network of --init random: tiny, small, sound, paper, or a .toml.  [default: paper]")
 @click.option("--protocol", type=click.Choice(["finetune", "linear", "knn"]),
@@ -187,39 +183,42 @@ def _split_of(location: str, split: str) -> str | None:
               help="Settings of the protocol: the published ones, or ones for small networks on a CPU.")
 @click.option("--split", default="all", help="Number of a split or fold, or all.")
 @click.option("--modality", type=click.Choice(["visual", "audio", "both"]), help="[default: the task's]")
-@click.option("--shards", type=_FOLDER, default=Path("shards"), help="Folder that holds the datasets' shards.")
+@click.option("--shards", type=FOLDER, default=Path("shards"), help="Folder that holds the datasets' shards.")
 @click.option("--validation", type=click.FloatRange(0, 0.9), default=0.0,
               help="Share of the training clips, by group, that is only looked at. Nothing is chosen by it.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0)
-@_set_option("eval", "transfer.*, data.*, and with --init random model.*; may be repeated.")
-@click.option("--out", type=_FOLDER,
+@set_option("eval", "transfer.*, data.*, and with --init random model.*; may be repeated.")
+@click.option("--out", type=FOLDER,
               help="Folder of the results.  [default: runs/eval/TASK-PROTOCOL-MODALITY-START[-splitN]]")
-@click.option("--cache", type=_FOLDER, default=Path("runs/features"), help="Folder of frozen features.")
-@click.option("--resume", is_flag=True, help="Go on with what is in OUT.")
-@click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]")
-@click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto",
-              help="auto: bfloat16 where the hardware has it.")
+@click.option("--cache", type=FOLDER, default=Path("runs/features"), help="Folder of frozen features.")
+@going_on_options
+@runtime_options
 def evaluate(task: str, checkpoint: Path | None, init: str | None, preset: str | None, protocol: str | None,
              recipe: str, split: str, modality: str | None, shards: Path, validation: float, seed: int,
-             overrides: tuple[str, ...], out: Path | None, cache: Path, resume: bool, device: str | None,
+             overrides: tuple[str, ...], out: Path | None, cache: Path, force: bool, device: str | None,
              precision: str) -> None:
-    """Transfer a checkpoint to a task: train on its training split, test on its test split."""
+    """Transfer a checkpoint to a task: train on its training split, test on its test split.
+
+    Run again, it goes on with what is in OUT, and does nothing again that is done.
+    """
     from avtrain.config import check_overrides
     from avtrain.runtime import choose_runtime
     from avtrain.transfer.evaluate import Trial, evaluate_task
     from avtrain.transfer.features import TRAINING_ONLY
     from avtrain.transfer.results import results_text
     from avtrain.transfer.splits import present_tasks, splits_of
-    from avtrain.transfer.start import load_source, random_source
+    from avtrain.transfer.start import load_source, newest_checkpoint, random_source
     from avtrain.transfer.tasks import TASKS, protocol_for
 
     if task != "all" and task not in TASKS:
         raise AvtrainError(f"--task {task}: known are {', '.join(TASKS)}, and all")
-    if (checkpoint is None) == (init is None):
-        raise AvtrainError("say what to transfer: --checkpoint FILE, or --init random for a network that has learned "
-                           "nothing (one of the two)")
-    if checkpoint and preset:
+    if checkpoint and init:
+        raise AvtrainError("--init random: goes without --checkpoint; say one of the two")
+    if not init and preset:
         raise AvtrainError(f"--preset {preset}: goes with --init random; a checkpoint brings its own network")
+    if not init and not checkpoint:
+        checkpoint = newest_checkpoint(Path("runs"))
+        click.echo(f"--checkpoint {checkpoint}: the last one of the newest run under runs/")
     check_overrides(overrides, ("transfer", "data") if checkpoint else ("transfer", "data", "model"),
                     ("segments", "modality", *TRAINING_ONLY))
     of_protocol = [override for override in overrides if override.startswith("transfer.")]
@@ -242,8 +241,9 @@ def evaluate(task: str, checkpoint: Path | None, init: str | None, preset: str |
         folder = Path("runs/eval", name if split == "all" else f"{name}-split{split}")
         if out:
             folder = out / trial.task if task == "all" else out
-        begun = task != "all" or (folder / "settings.json").is_file()  # of all, some may not have been reached
-        results = evaluate_task(source, trial, splits, shards, folder, cache, runtime, resume and begun)
+        results, before = evaluate_task(source, trial, splits, shards, folder, cache, runtime, force)
+        if before:
+            click.echo(f"{folder} is finished already: nothing is left to do (--force begins anew)")
         click.echo(f"{results_text(results)}\n  {folder}/results.json (95 % bootstrap intervals over videos)")
         return results
 
@@ -275,13 +275,12 @@ def _evaluate_all(transferred: Callable[[Trial, list[str]], dict[str, Any]],
 
 
 @main.command()
-@click.option("--checkpoint", type=_FILE, required=True, help="Of ours (.safetensors) or of the authors' (.pyth).")
+@click.option("--checkpoint", type=FILE, required=True, help="Of ours (.safetensors) or of the authors' (.pyth).")
 @click.option("--shards", multiple=True, required=True, help="Folder of a split, or its address; may be repeated.")
-@click.option("-o", "--output", type=_FILE, required=True, help="The .parquet file to write.")
-@_set_option("embed", "May be repeated.", "data.FIELD=VALUE")
-@click.option("--cache", type=_FOLDER, default=Path("runs/features"), help="Folder of frozen features.")
-@click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]")
-@click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto")
+@click.option("-o", "--output", type=FILE, required=True, help="The .parquet file to write.")
+@set_option("embed", "May be repeated.", "data.FIELD=VALUE")
+@click.option("--cache", type=FOLDER, default=Path("runs/features"), help="Folder of frozen features.")
+@runtime_options
 def embed(checkpoint: Path, shards: tuple[str, ...], output: Path, overrides: tuple[str, ...], cache: Path,
           device: str | None, precision: str) -> None:
     """Write embeddings of clips: one row a clip and segment (key, labels, time_s, visual, audio, multimodal).
@@ -318,14 +317,13 @@ def _embedder(checkpoint: Path, overrides: tuple[str, ...]) -> Start:
 
 
 @main.command()
-@click.option("--checkpoint", type=_FILE, required=True, help="Of ours (.safetensors) or of the authors' (.pyth).")
-@click.option("--shards", type=_FOLDER, default=Path("shards/demo"),
+@click.option("--checkpoint", type=FILE, required=True, help="Of ours (.safetensors) or of the authors' (.pyth).")
+@click.option("--shards", type=FOLDER, default=Path("shards/demo"),
               help="Folder of a dataset: common directions are learned on train, without labels, tried on test.")
-@click.option("-o", "--output", type=_FILE, default=Path("runs/retrieval.png"), help="The picture to draw.")
-@_set_option("retrieve", "May be repeated.", "data.FIELD=VALUE")
-@click.option("--cache", type=_FOLDER, default=Path("runs/features"), help="Folder of frozen features.")
-@click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]")
-@click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto")
+@click.option("-o", "--output", type=FILE, default=Path("runs/retrieval.png"), help="The picture to draw.")
+@set_option("retrieve", "May be repeated.", "data.FIELD=VALUE")
+@click.option("--cache", type=FOLDER, default=Path("runs/features"), help="Folder of frozen features.")
+@runtime_options
 def retrieve(checkpoint: Path, shards: Path, output: Path, overrides: tuple[str, ...], cache: Path,
              device: str | None, precision: str) -> None:
     """Find the pictures that go with a sound, and the sounds that go with a picture."""
@@ -353,7 +351,7 @@ def retrieve(checkpoint: Path, shards: Path, output: Path, overrides: tuple[str,
 
 
 @main.command()
-@click.argument("run", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("run", type=FOLDER)
 def report(run: Path) -> None:
     """Draw the curves of a RUN (a folder of `avtrain pretrain`) and put its figures on a page."""
     from avtrain.pretraining.report import write_report
@@ -362,8 +360,8 @@ def report(run: Path) -> None:
 
 
 @main.command("import-released")
-@click.argument("checkpoint", type=_FILE)
-@click.option("-o", "--output", type=_FILE, required=True, help="The .safetensors file to write.")
+@click.argument("checkpoint", type=FILE)
+@click.option("-o", "--output", type=FILE, required=True, help="The .safetensors file to write.")
 def import_released(checkpoint: Path, output: Path) -> None:
     """Turn a CHECKPOINT of the authors' release (.pyth) into one of ours."""
     from avtrain.checkpoints.authors import load_released_parts
@@ -377,8 +375,8 @@ def import_released(checkpoint: Path, output: Path) -> None:
 
 
 @main.command()
-@click.argument("checkpoint", type=_FILE)
-@click.option("-o", "--output", type=_FILE, required=True, help="The .pt2 file to write.")
+@click.argument("checkpoint", type=FILE)
+@click.option("-o", "--output", type=FILE, required=True, help="The .pt2 file to write.")
 def export(checkpoint: Path, output: Path) -> None:
     """Write CHECKPOINT's model as a program for torch.export.load, checked against the model."""
     from avtrain.checkpoints.export import export_model

@@ -11,7 +11,7 @@ from avtrain.config import Config, read_config
 from avtrain.models.avbert import AVBert
 from avtrain.runtime import choose_runtime
 from avtrain.transfer.start import load_source
-from benchmarks.learned import held_out_figures, probe, recalls, trained_on_demo
+from benchmarks.learned import add_force, held_out_figures, in_one_line, probe, recalls, trained_on_demo
 
 # study -> setting -> fields of the model's or the objectives' settings
 STUDIES: dict[str, dict[str, dict[str, Any]]] = {
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--shards", type=Path, default=Path("shards/demo"))
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--steps", type=int, default=300, help="of each run; the schedule is that long")
+    add_force(parser)
     options = parser.parse_args()
     figures: dict[Config, dict[str, float]] = {}
     rows: list[tuple[str, str, dict[str, float]]] = []
@@ -39,7 +40,8 @@ def main() -> None:
         for name, fields in settings.items():
             config = with_fields(options.steps, fields)
             if config not in figures:
-                figures[config] = measured(config, options.shards, options.out / f"{len(figures)}-{study}-{name}")
+                folder = options.out / f"{len(figures)}-{study}-{name}"
+                figures[config] = measured(config, options.shards, folder, options.force)
             rows.append((study, name, figures[config]))
     columns = list(dict.fromkeys(column for _, _, of_one in rows for column in of_one))
     lines = ["| study | setting | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
@@ -60,10 +62,10 @@ def with_fields(steps: int, fields: dict[str, Any]) -> Config:
                    objectives=replace(config.objectives, **of_objectives))
 
 
-def measured(config: Config, shards: Path, folder: Path) -> dict[str, float]:
+def measured(config: Config, shards: Path, folder: Path, force: bool) -> dict[str, float]:
     """Train, and measure on the test split; all but the parameters in parts of 1."""
     runtime = choose_runtime(None, "auto")
-    checkpoint = trained_on_demo(config, shards, folder, runtime)
+    checkpoint = trained_on_demo(config, shards, folder, runtime, force)
     encoder = AVBert(config.model).encoder
     figures = {"parameters": float(sum(parameter.numel() for parameter in encoder.parameters()))}
     held_out = held_out_figures(folder)
@@ -73,7 +75,7 @@ def measured(config: Config, shards: Path, folder: Path) -> dict[str, float]:
         # What the best-informed Transformer makes of it.
         figures[f"masked top-1, {modality}"] = max(value for name, value in held_out.items()
                                                    if name.startswith("masked") and name.endswith(modality))
-        figures[f"linear, {modality}"] = probe(load_source(checkpoint), modality, shards, folder, 0, runtime)
+        figures[f"linear, {modality}"] = probe(load_source(checkpoint), modality, shards, folder, 0, runtime, force)
     to_picture, to_sound, _ = recalls(checkpoint, shards, folder, runtime)
     return {**figures, "recall@5": (to_picture + to_sound) / 2}
 
@@ -105,4 +107,4 @@ def draw(rows: list[tuple[str, str, dict[str, float]]], columns: list[str], path
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import argparse
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from avtrain.config import Config
 from avtrain.data.shards import open_folders
+from avtrain.errors import AvtrainError
 from avtrain.pretraining.pretrain import pretrain
+from avtrain.run_folder import RunFolder
 from avtrain.runtime import Runtime
 from avtrain.transfer.evaluate import Trial, evaluate_task
 from avtrain.transfer.retrieval import retrieve
@@ -18,49 +22,58 @@ from avtrain.transfer.tasks import protocol_for
 NEIGHBOURS = 5
 
 
-def trained(config: Config, train: list[Path], test: list[Path], folder: Path, runtime: Runtime) -> Path:
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """--force: a report that is run again goes on with what is in --out."""
+    parser.add_argument("--force", action="store_true", help="begin anew: delete what an earlier run wrote to --out")
+
+
+def in_one_line(report: Callable[[], None]) -> None:
+    """Run a report; what is wrong for a person to put right is one line."""
+    try:
+        report()
+    except AvtrainError as error:
+        sys.exit(f"Error: {error}")
+
+
+def trained(config: Config, train: list[Path], test: list[Path], folder: Path, runtime: Runtime,
+            force: bool = False) -> Path:
     """The last checkpoint of a run with these settings and shards; begun, gone on with, or found finished."""
-    resume = (folder / "checkpoints").is_dir()
-    run = pretrain(config, [str(path) for path in train], [str(path) for path in test], folder, runtime, resume)
-    checkpoint = run.last_checkpoint()
+    run = pretrain(config, [str(path) for path in train], [str(path) for path in test], folder, runtime, force)
+    print(f"{folder}: {'trained already' if run.made == 0 else f'trained, {run.made} steps in this run'}", flush=True)
+    checkpoint = run.folder.last_checkpoint()
     assert checkpoint is not None
     return checkpoint / "model.safetensors"
 
 
-def trained_on_demo(config: Config, shards: Path, folder: Path, runtime: Runtime) -> Path:
+def trained_on_demo(config: Config, shards: Path, folder: Path, runtime: Runtime, force: bool) -> Path:
     """`trained` on the demo's training split, with its test split held out."""
-    return trained(config, [shards / "train"], [shards / "test"], folder, runtime)
+    return trained(config, [shards / "train"], [shards / "test"], folder, runtime, force)
 
 
 def minutes_of(folder: Path, config: Config) -> float:
     """How long the steps of a run took, without start, evaluations and checkpoints."""
-    return sum(config.training.batch_size / line["clips_per_s"] for line in _metrics(folder)) / 60
+    return sum(config.training.batch_size / line["clips_per_s"] for line in RunFolder(folder).lines()) / 60
 
 
 def held_out_figures(folder: Path) -> dict[str, float]:
     """Pair accuracy, masked top-1 by Transformer and modality, and chance_* of each, from the last evaluation."""
-    last = next(line for line in reversed(_metrics(folder)) if any(name.startswith("test_") for name in line))
-    return {name.removeprefix("test_"): value for name, value in last.items()
+    return {name.removeprefix("test_"): value for name, value in RunFolder(folder).last_figures().items()
             if name.removeprefix("test_").removeprefix("chance_").startswith(("masked_top1", "pair_accuracy"))}
 
 
-def _metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def probe(source: Start, modality: str, shards: Path, folder: Path, seed: int, runtime: Runtime) -> float:
+def probe(source: Start, modality: str, shards: Path, folder: Path, seed: int, runtime: Runtime,
+          force: bool) -> float:
     """Top-1, in parts of 1, of a linear classifier on frozen embeddings."""
-    return float(transferred(source, "linear", modality, shards, folder, seed, runtime)["percent"]) / 100
+    return float(transferred(source, "linear", modality, shards, folder, seed, runtime, force)["percent"]) / 100
 
 
 def transferred(source: Start, protocol: str, modality: str, shards: Path, folder: Path, seed: int,
-                runtime: Runtime) -> dict[str, Any]:
+                runtime: Runtime, force: bool) -> dict[str, Any]:
     """Top-1 of `avtrain eval --task demo --recipe small`: "percent" and "interval_95"."""
     trial = Trial("demo", protocol, protocol_for("demo", protocol, "small"), modality, seed=seed)
     out = folder / f"{protocol}-{modality}"
-    results = evaluate_task(source, trial, ["1"], shards.parent, out, folder / "features", runtime,
-                            resume=(out / "settings.json").is_file())
-    top1: dict[str, Any] = results["mean"]["top1"]
+    done = evaluate_task(source, trial, ["1"], shards.parent, out, folder / "features", runtime, force)
+    top1: dict[str, Any] = done.results["mean"]["top1"]
     return top1
 
 

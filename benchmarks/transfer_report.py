@@ -10,7 +10,7 @@ from avtrain.config import MODALITIES, read_config
 from avtrain.runtime import choose_runtime
 from avtrain.transfer.start import load_source, random_source
 from avtrain.transfer.tasks import PROTOCOLS
-from benchmarks.learned import trained_on_demo, transferred
+from benchmarks.learned import add_force, in_one_line, trained_on_demo, transferred
 
 PRESET = "tiny"
 
@@ -22,16 +22,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo-report/seed-0"))
     parser.add_argument("--steps", type=int, help="of pretraining, instead of the preset's")
     parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=PROTOCOLS)
+    add_force(parser)
     options = parser.parse_args()
     runtime = choose_runtime(None, "auto")
     settings = [f"training.steps={options.steps}"] if options.steps else []
     config = read_config(PRESET, settings)
-    checkpoint = trained_on_demo(config, options.shards, options.out, runtime)
+    checkpoint = trained_on_demo(config, options.shards, options.out, runtime, options.force)
     lines = []
     for protocol in options.protocols:
         for modality in MODALITIES:
             start, after = (transferred(source, protocol, modality, options.shards, folder, config.training.seed,
-                                        runtime)
+                                        runtime, options.force)
                             for source, folder in ((random_source(PRESET, [], config.training.seed),
                                                     options.out / "start"), (load_source(checkpoint), options.out)))
             lines.append(f"| {protocol}, {modality} | {_shown(start)} | {_shown(after)} | "
@@ -47,4 +48,4 @@ def _shown(top1: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

@@ -31,6 +31,21 @@ def test_demo_report(demo_shards, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_report_goes_on_refuses_other_settings_and_begins_anew_when_forced(demo_shards, tmp_path):
+    options = ("demo_report", "--shards", demo_shards, "--out", tmp_path, "--seeds", 0)
+    first = _run(*options, "--steps", 2)
+    again = _run(*options, "--steps", 2)
+    assert "seed-0: trained, 2 steps" in first and "seed-0: trained already" in again
+    assert [line for line in again.splitlines() if line.startswith("|")] == [
+        line for line in first.splitlines() if line.startswith("|")]
+    refused = subprocess.run([sys.executable, "-m", f"benchmarks.{options[0]}", *map(str, options[1:]), "--steps", "3"],
+                             cwd=ROOT, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1 and refused.stderr.startswith("Error: ") and "Traceback" not in refused.stderr
+    assert "training.steps was 2 and is 3" in refused.stderr
+    assert "seed-0: trained, 3 steps" in _run(*options, "--steps", 3, "--force")
+
+
+@pytest.mark.slow
 def test_transfer_report(demo_shards, tmp_path):
     printed = _run("transfer_report", "--shards", demo_shards, "--out", tmp_path, "--steps", 2, "--protocols", "linear",
                    "knn")

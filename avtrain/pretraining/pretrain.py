@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from avtrain.checkpoints.ours import save_model
 from avtrain.config import Config, config_from, config_to
@@ -15,15 +15,16 @@ from avtrain.data.handover import check_room, in_flight_bytes
 from avtrain.data.loader import Batch, ClipDataset, UnreadableCount, batches
 from avtrain.data.order import ClipPlace, at_epoch, batches_of, epoch_order
 from avtrain.data.shards import ShardFolder, open_folders
-from avtrain.engine import Run
+from avtrain.engine import Run, last_step
 from avtrain.errors import AvtrainError
-from avtrain.files import written_whole
 from avtrain.models.avbert import AVBert
 from avtrain.pretraining.held_out import HeldOut
 from avtrain.pretraining.objectives import Objectives
+from avtrain.pretraining.optimizer import pretraining_optimizer
+from avtrain.run_folder import CONFIG, RunFolder, check_settings, delete, read_settings, write_settings
 from avtrain.runtime import Runtime, seed_everything
 
-_CONFIG = "config.json"
+_INPUTS = "inputs.json"
 _START_CLIPS = 8  # that the projections' start values are taken from
 
 
@@ -56,38 +57,62 @@ class EpochBatches:
             epoch, batch = epoch + 1, 0
 
 
-def pretrain(config: Config, train: list[str], test: list[str], out: Path, runtime: Runtime, resume: bool = False,
-             max_steps: int | None = None, max_time_s: float | None = None) -> Run:
-    """Pretrain a model from scratch, or go on with a run.
+class Pretrained(NamedTuple):
+    """What a call of `pretrain` came to.
+
+    Attributes:
+        folder: of the run.
+        step: that it is at.
+        made: steps of this call; 0 where the run was there already.
+        bad_steps: the last ones, in a row, that were not finite; the last checkpoint is from before them.
+    """
+
+    folder: RunFolder
+    step: int
+    made: int
+    bad_steps: int
+
+
+def pretrain(config: Config, train: list[str], test: list[str], out: Path, runtime: Runtime, force: bool = False,
+             max_steps: int | None = None, max_time_s: float | None = None) -> Pretrained:
+    """Pretrain a model from scratch, or go on with the run in `out` from its last checkpoint.
 
     Args:
-        config: all settings; a resumed run must have the same ones.
+        config: all settings; a run that is gone on with must have the same ones.
         train, test: folders of shards; without `test` nothing is held out.
         out: folder of the run.
         runtime: device and precision.
-        resume: go on from the last checkpoint in `out`.
+        force: begin anew; what an earlier run wrote is deleted.
         max_steps, max_time_s: stop there, with a checkpoint, though the schedule goes on.
 
     Raises:
-        AvtrainError: data and settings don't fit, or the run's folder is not as `resume` says.
+        AvtrainError: data and settings don't fit, or the run in `out` was begun with others.
     """
-    _check_folder(out, config, resume)
+    train_folder = open_folders(train, labelled=False)
+    test_folder = open_folders(test, labelled=False) if test else None
+    folder = RunFolder(out)
+    inputs = {"precision": str(runtime.autocast_dtype or torch.float32), "train_shards": train_folder.fingerprint,
+              "test_shards": test_folder.fingerprint if test_folder else None}
+    if force:
+        _clear(folder)
+    _check_same(folder, config, inputs)
+    begun = folder.last_step()
+    if begun >= last_step(config.training, max_steps):
+        return Pretrained(folder, begun, 0, 0)
     generator = seed_everything(config.training.seed)
     model = AVBert(config.model).to(runtime.device)
     objectives = Objectives(config.model, config.objectives).to(runtime.device)
-    train_folder = open_folders(train, labelled=False)
     supply = EpochBatches(train_folder, config)
-    held_out = HeldOut(open_folders(test, labelled=False), config, runtime) if test else None
+    held_out = HeldOut(test_folder, config, runtime) if test_folder else None
     check_room(supply.in_flight_bytes() + (held_out.in_flight_bytes() if held_out else 0))
-    run = Run(out, {"model": model, "objectives": objectives}, config.training, generator,
-              lambda folder: save_model(folder / "model.safetensors", model, config))
-    if resume:
-        run.resume()
-    else:
+    modules: dict[str, nn.Module] = {"model": model, "objectives": objectives}
+    run = Run(folder, modules, pretraining_optimizer(modules, config.training), config.training, generator,
+              lambda to: save_model(to / "model.safetensors", model, config))
+    if not run.go_on():
         first = next(supply.starting_at(0, 0)).tensors(runtime.device)
         model.standardize(*(tensor[:_START_CLIPS] for tensor in first))
-        with written_whole(out / _CONFIG) as temporary:
-            temporary.write_text(json.dumps(config_to(config), indent=1) + "\n", encoding="utf-8")
+        write_settings(out / _INPUTS, inputs)
+        write_settings(out / CONFIG, config_to(config))
 
     def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
         result = objectives(model, model.embed(*batch.tensors(runtime.device)), generator)
@@ -99,19 +124,30 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     model.train()
     objectives.train()
     run.train(step, supply, runtime.autocast, evaluate, max_steps, max_time_s)
-    return run
+    return Pretrained(folder, run.position.step, run.position.step - begun, run.bad_steps)
 
 
-def _check_folder(out: Path, config: Config, resume: bool) -> None:
-    path = out / _CONFIG
-    if not resume:
-        if (out / "checkpoints").exists():
-            raise AvtrainError(f"{out} holds a run already: go on with --resume, or choose another folder with --out")
+def _check_same(folder: RunFolder, config: Config, inputs: dict[str, str | None]) -> None:
+    """Raise where there is something to go on with, and it was begun with other settings, data or precision.
+
+    Before its first whole checkpoint a run has nothing that would be lost: it is begun again, with any settings.
+    """
+    checkpoint = folder.last_checkpoint()
+    if checkpoint is None:
         return
+    path, of_inputs = folder.path / CONFIG, folder.path / _INPUTS
     if not path.is_file():
-        raise AvtrainError(f"--resume: no run in {out}")
-    before = config_from(json.loads(path.read_text(encoding="utf-8")), str(path))
-    # How batches are made does not change them.
-    same = replace(before, data=replace(before.data, workers=config.data.workers))
-    if same != config:
-        raise AvtrainError(f"--resume: the settings differ from those in {path}; use the same preset and --set options")
+        raise AvtrainError(f"{checkpoint} is of no run of `avtrain pretrain`, for {path} is not there: choose another "
+                           "folder with --out")
+    before = config_to(config_from(read_settings(path), str(path)))
+    before["data"]["workers"] = config.data.workers  # how batches are made does not change them
+    # Runs of earlier versions have not written down their inputs.
+    before |= read_settings(of_inputs) if of_inputs.is_file() else inputs
+    check_settings(folder.path, before, config_to(config) | inputs)
+
+
+def _clear(folder: RunFolder) -> None:
+    """Delete what a run wrote; its settings last, by which it is known to be one."""
+    if (folder.path / CONFIG).is_file():
+        folder.clear()
+        delete(folder.path / name for name in ("report.html", "report.png", _INPUTS, CONFIG))

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,17 +18,17 @@ from avtrain.config import Config, config_from, config_to
 from avtrain.errors import AvtrainError
 from avtrain.files import written_whole
 from avtrain.pretraining.held_out import CANDIDATES
+from avtrain.run_folder import CONFIG, METRICS, Line, RunFolder, read_settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+PAGE = "report.html"
 PICTURE_PIXELS = (1600, 1200)
 _DPI = 100
 _ROWS, _COLUMNS = 3, 3
 _COLOURS = {"visual": "#0072b2", "audio": "#d55e00", "multimodal": "#009e73"}
 _LAST_SHARE = 0.05  # curves are means over this share of a run's steps, and so is the table's training figure
-
-Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -115,28 +115,27 @@ def write_report(folder: Path) -> list[Path]:
     picture = _picture(lines)
     page = _page(folder.resolve().name, lines, config, picture)
     written = []
-    for name, content in (("report.html", page.encode()), ("report.png", picture)):
+    for name, content in ((PAGE, page.encode()), ("report.png", picture)):
         with written_whole(folder / name) as temporary:
             temporary.write_bytes(content)
         written.append(folder / name)
     return written
 
 
+def is_current(folder: Path) -> bool:
+    """Whether a run's page was drawn after its last step."""
+    page, metrics = folder / PAGE, folder / METRICS
+    return page.is_file() and metrics.is_file() and page.stat().st_mtime_ns >= metrics.stat().st_mtime_ns
+
+
 def _read_run(folder: Path) -> tuple[Config, list[Line]]:
-    for name in ("config.json", "metrics.jsonl"):
+    for name in (CONFIG, METRICS):
         if not (folder / name).is_file():
             raise AvtrainError(f"{folder} has no {name}: name the folder of a run of `avtrain pretrain`")
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        # The last line may be cut off: the run may have been killed while it wrote, or be running.
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-                 if line.endswith("}")]
-    except ValueError as error:
-        raise AvtrainError(f"{folder}: its config.json or metrics.jsonl is damaged: {error}") from error
+    lines = RunFolder(folder).lines()
     if not lines:
         raise AvtrainError(f"{folder}: the run has not made a step yet")
-    return config_from(values, str(path)), lines
+    return config_from(read_settings(folder / CONFIG), str(folder / CONFIG)), lines
 
 
 def _series(lines: list[Line], name: str) -> tuple[list[int], list[float]]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from avtrain.data.loader import MOST_UNREADABLE
 from avtrain.data.shards import ShardFolder, open_folders
 from avtrain.data.views import ListedClip, ViewDataset, Views
 from avtrain.errors import AvtrainError
-from avtrain.files import written_whole
+from avtrain.run_folder import RunFolder, check_settings, delete, read_settings, write_settings
 from avtrain.runtime import Runtime
 from avtrain.transfer.features import view_features, weights_hash
 from avtrain.transfer.finetune import finetune, fixed_views, predict
@@ -31,7 +30,8 @@ from avtrain.transfer.start import Start
 from avtrain.transfer.tasks import TASKS, Protocol, Task, protocol_for
 
 _SETTINGS, _SHARDS = "settings.json", "shards.json"
-_RESULTS, _PREDICTIONS, _VALIDATION = "results.json", "predictions.jsonl", "validation.jsonl"
+_RESULTS, _CONFUSION = "results.json", "confusion.png"
+_PREDICTIONS, _VALIDATION = "predictions.jsonl", "validation.jsonl"
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,21 @@ class Trial:
     seed: int = 0
 
 
+class Evaluated(NamedTuple):
+    """What came of a transfer.
+
+    Attributes:
+        results: what stands in results.json.
+        before: all of it was done by an earlier run.
+    """
+
+    results: dict[str, Any]
+    before: bool
+
+
 def evaluate_task(source: Start, trial: Trial, splits: list[str], root: Path, out: Path, cache: Path,
-                  runtime: Runtime, resume: bool = False) -> dict[str, Any]:
-    """Transfer to the splits of a task, one after the other.
+                  runtime: Runtime, force: bool = False) -> Evaluated:
+    """Transfer to the splits of a task, one after the other; what is done in `out` is not done again.
 
     Args:
         source: what is transferred; it is not changed.
@@ -67,22 +79,23 @@ def evaluate_task(source: Start, trial: Trial, splits: list[str], root: Path, ou
         out: folder of the results.
         cache: folder of frozen features.
         runtime: device and precision.
-        resume: go on with what is in `out`.
-
-    Returns:
-        What stands in `out/results.json`.
+        force: begin anew; what an earlier evaluation wrote is deleted.
 
     Raises:
-        AvtrainError: shards are missing or don't fit, or `out` is not as `resume` says.
+        AvtrainError: shards are missing or don't fit, or what is in `out` was begun with other settings.
     """
     task = TASKS[trial.task]
     settings = {**dataclasses.asdict(trial), "views": _views_json(trial), "data": dataclasses.asdict(source.data),
                 "model": dataclasses.asdict(source.model.config), "checkpoint": source.name,
                 "checkpoint_sha256": source.sha256, "weights": weights_hash(source.model),
                 "precision": str(runtime.autocast_dtype or torch.float32)}
-    _check_folder(out, settings, trial, splits, resume)
-    outcomes = {split: _one_split(source, trial, split, root, out / f"split-{split}", cache, runtime, resume)
+    if force:
+        _clear(out)
+    _check_folder(out, settings)
+    outcomes = {split: _one_split(source, trial, split, root, out / f"split-{split}", cache, runtime)
                 for split in splits}
+    if before := _finished_before(out, outcomes):
+        return Evaluated(before, True)
     folder = next(iter(outcomes.values())).folder
     of_splits = [figures(outcome.test, folder.multi_label, trial.seed) for outcome in outcomes.values()]
     results = {
@@ -98,12 +111,11 @@ def evaluate_task(source: Start, trial: Trial, splits: list[str], root: Path, ou
         "version": __version__, "commit": git_commit()}
     write_predictions(out / _PREDICTIONS, {split: outcome.test for split, outcome in outcomes.items()})
     if not folder.multi_label:
-        draw_confusion(out / "confusion.png", sum(
+        draw_confusion(out / _CONFUSION, sum(
             (confusion(outcome.test.scores, outcome.test.single()) for outcome in outcomes.values()),
             np.zeros((len(folder.classes), len(folder.classes)), np.int64)), folder.classes)
-    with written_whole(out / _RESULTS) as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return results
+    write_settings(out / _RESULTS, results)
+    return Evaluated(results, False)
 
 
 @dataclass(frozen=True)
@@ -114,16 +126,18 @@ class _Outcome:
         test, validation: predictions of test videos, and of what was held out of training, if anything was.
         folder: all its shards; classes and spec are the same in both parts.
         shards: what results.json says of them.
+        before: it was done by an earlier run.
     """
 
     test: Predictions
     validation: Predictions | None
     folder: ShardFolder
     shards: dict[str, Any]
+    before: bool
 
 
-def _one_split(source: Start, trial: Trial, split: str, root: Path, out: Path, cache: Path, runtime: Runtime,
-               resume: bool) -> _Outcome:
+def _one_split(source: Start, trial: Trial, split: str, root: Path, out: Path, cache: Path,
+               runtime: Runtime) -> _Outcome:
     """Train and test on one split, or read what was found before."""
     task = TASKS[trial.task]
     places = [[str(root / task.dataset / part) for part in parts] for parts in task.splits[split]]
@@ -134,12 +148,13 @@ def _one_split(source: Start, trial: Trial, split: str, root: Path, out: Path, c
     learned, validation = held_out(usable_clips(train, trial.modality, "training"), trial.validation, task.group,
                                    trial.seed)
     done, looked_at = out / _PREDICTIONS, out / _VALIDATION
-    _check_shards(out / _SHARDS, [train.fingerprint, test.fingerprint], resume)
-    if not (resume and done.is_file()):
+    _check_shards(out, [train.fingerprint, test.fingerprint])
+    before = done.is_file()
+    if not before:
         asked = [(test, test_clips), *([(train, validation)] if validation else [])]
         if trial.protocol_name == "finetune":
             classifier = finetune(copy.deepcopy(source.model), source.parts, train, learned, validation, source.data,
-                                  trial.protocol, trial.modality, out, runtime, trial.seed, resume)
+                                  trial.protocol, trial.modality, out, runtime, trial.seed)
             found = [predict(classifier, folder, clips, source.data, trial.protocol, trial.modality, runtime)
                      for folder, clips in asked]
         else:
@@ -150,16 +165,16 @@ def _one_split(source: Start, trial: Trial, split: str, root: Path, out: Path, c
         if validation:
             write_predictions(looked_at, {split: found[1]})
         write_predictions(done, {split: found[0]})
-    on_test = read_predictions(done)  # rounded as it was written: --resume finds the same
+    on_test = read_predictions(done)  # rounded as it was written: going on finds the same
     expected = {clip.video for clip in test_clips}
     if (set(on_test.videos) - expected or len(expected) - len(on_test.videos) > MOST_UNREADABLE * test.clips
             or on_test.scores.shape[1:] != (len(both.classes),)):
-        raise AvtrainError(f"{done} is not whole: delete it; --resume then makes it again")
+        raise AvtrainError(f"{done} is not whole: delete it, and the same command makes it again")
     videos = {part: len({clip.video for clip in clips})
               for part, clips in (("train", learned), ("validation", validation), ("test", test_clips))}
     return _Outcome(on_test, read_predictions(looked_at) if validation else None, both, {
         "train": train.fingerprint, "test": test.fingerprint, "fps": both.spec["fps"],
-        "videos": {**videos, "unreadable": videos["test"] - len(on_test.videos)}})
+        "videos": {**videos, "unreadable": videos["test"] - len(on_test.videos)}}, before)
 
 
 def _check_fit(folder: ShardFolder, source: Start, trial: Trial) -> None:
@@ -269,45 +284,52 @@ def _differences(task: Task, trial: Trial, data: DataConfig, outcomes: dict[str,
     return found
 
 
-def _read_json(path: Path, kind: type[Any]) -> Any:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, kind):
-        raise AvtrainError(f"{path} is damaged: choose another folder with --out, or delete this one")
-    return content
-
-
-def _check_shards(path: Path, fingerprints: list[str], resume: bool) -> None:
-    """Raise where a split was begun on other shards; else write down on which."""
-    if resume and path.is_file() and _read_json(path, list) != fingerprints:
-        raise AvtrainError(f"--resume: {path.parent} was begun on other shards; choose another folder with --out")
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(fingerprints) + "\n", encoding="utf-8")
-
-
-def _check_folder(out: Path, settings: dict[str, Any], trial: Trial, splits: list[str], resume: bool) -> None:
-    """Raise where the folder holds something else; remove what is made anew."""
+def _check_folder(out: Path, settings: dict[str, Any]) -> None:
+    """Raise where the folder holds something else; write down the settings where there is nothing yet."""
     path = out / _SETTINGS
-    settings = json.loads(json.dumps(settings))  # tuples as lists
     settings["data"].pop("workers")  # how batches are made does not change them
-    if resume:
-        if not path.is_file():
-            raise AvtrainError(f"--resume: no evaluation in {out}")
-        before = _read_json(path, dict)
-        if before != settings:
-            names = ", ".join(sorted(name for name in settings if before.get(name) != settings[name]))
-            raise AvtrainError(f"--resume: {names} differ from those in {path}; use the same checkpoint and options")
+    if not ((out / _RESULTS).is_file() or any(map(_has_begun, out.glob("split-*")))):
+        write_settings(path, settings)
         return
-    kept = [*out.glob("split-*/checkpoints"), *out.glob("split-*/" + _PREDICTIONS), *out.glob(_RESULTS)]
-    # Linear and knn take seconds to make again.
-    again = trial.protocol_name != "finetune" and path.is_file() and _read_json(path, dict) == settings
-    if kept and not again:
-        raise AvtrainError(f"{out} holds an evaluation already: go on with --resume, or choose another folder with "
-                           "--out")
-    for old in (out / _RESULTS, *(out / f"split-{split}" / name for split in splits
-                                  for name in (_PREDICTIONS, _VALIDATION, _SHARDS))):
-        old.unlink(missing_ok=True)
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    if not path.is_file():
+        raise AvtrainError(f"{out} holds results of no `avtrain eval`, for {path} is not there: choose another folder "
+                           "with --out")
+    check_settings(out, read_settings(path), settings)
+
+
+def _check_shards(out: Path, fingerprints: list[str]) -> None:
+    """Raise where a split was begun on other shards; else write down on which."""
+    path = out / _SHARDS
+    if path.is_file() and _has_begun(out):
+        before = read_settings(path, list)
+        check_settings(out, {"shards": before}, {"shards": fingerprints})
+    else:
+        write_settings(path, fingerprints)
+
+
+def _has_begun(of_split: Path) -> bool:
+    """Whether a split has something that would be lost."""
+    return (of_split / _PREDICTIONS).is_file() or RunFolder(of_split).last_checkpoint() is not None
+
+
+def _finished_before(out: Path, outcomes: dict[str, _Outcome]) -> dict[str, Any] | None:
+    """What stands in results.json, if it is of these splits and nothing of them was made now."""
+    path = out / _RESULTS
+    if not (path.is_file() and all(outcome.before for outcome in outcomes.values())):
+        return None
+    try:
+        found: dict[str, Any] = read_settings(path)
+    except AvtrainError:  # it is written again, from the predictions
+        return None
+    shards = {split: outcome.shards for split, outcome in outcomes.items()}
+    return found if list(found.get("splits", ())) == list(outcomes) and found.get("shards") == shards else None
+
+
+def _clear(out: Path) -> None:
+    """Delete what an evaluation wrote; its settings last, by which it is known to be one."""
+    if not (out / _SETTINGS).is_file():
+        return
+    for of_split in out.glob("split-*"):
+        RunFolder(of_split).clear()
+        delete(of_split / name for name in (_PREDICTIONS, _VALIDATION, _SHARDS))
+    delete(out / name for name in (_RESULTS, _PREDICTIONS, _CONFUSION, _SETTINGS))

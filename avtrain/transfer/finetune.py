@@ -27,6 +27,7 @@ from avtrain.files import written_whole
 from avtrain.models.avbert import AVBert
 from avtrain.models.heads import ClipHead, SequenceHead
 from avtrain.progress import bar_options
+from avtrain.run_folder import RunFolder
 from avtrain.runtime import Runtime, seed_everything
 from avtrain.transfer.predictions import Predictions, ScoreSums, figures, targets_of
 from avtrain.transfer.tasks import HINGE_MARGIN, Protocol
@@ -119,8 +120,8 @@ def fixed_views(protocol: Protocol, modality: str) -> Views:
 
 def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: list[ListedClip],
              validation: list[ListedClip], data: DataConfig, protocol: Protocol, modality: str, out: Path,
-             runtime: Runtime, seed: int, resume: bool) -> Classifier:
-    """Train a model and new heads; the last epoch counts.
+             runtime: Runtime, seed: int) -> Classifier:
+    """Train a model and new heads, or go on with the run in `out` from its last checkpoint; the last epoch counts.
 
     Args:
         model: changed in place.
@@ -133,7 +134,6 @@ def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: l
         out: folder of the run: checkpoints, metrics.jsonl.
         runtime: device and precision.
         seed: of heads, order, crops, masks, dropout.
-        resume: go on from the last checkpoint in `out`.
 
     Raises:
         AvtrainError: shards and model don't fit; too much is unreadable; the loss stays not finite.
@@ -169,9 +169,9 @@ def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: l
         dataset, tests = _test_views(folder, validation, data, protocol, modality)
         looked_at = dataset.batch_bytes([(item, 0) for item in tests[0]])
         check_room(epochs.in_flight_bytes() + in_flight_bytes(looked_at, data.workers))
-    run = Run(out, {"classifier": classifier}, training, generator, save_weights, _optimizer(classifier, protocol))
-    if resume and run.last_checkpoint() is not None:
-        run.resume()
+    run = Run(RunFolder(out), {"classifier": classifier}, _optimizer(classifier, protocol), training, generator,
+              save_weights)
+    run.go_on()
 
     def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
         if not batch.keys:  # with `accumulate`, a part may be a single video

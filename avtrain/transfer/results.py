@@ -85,7 +85,7 @@ def read_predictions(path: Path) -> Predictions:
                             np.asarray([line["scores"] for line in lines], np.float64))
         found.targets()
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise AvtrainError(f"{path} is damaged: delete it; --resume then makes it again") from error
+        raise AvtrainError(f"{path} is damaged: delete it, and the same command makes it again") from error
     return found
 
 

@@ -15,6 +15,7 @@ from avtrain.checkpoints.ours import load_checkpoint, parts_of
 from avtrain.config import Config, DataConfig, parse_override, read_config, section_values
 from avtrain.errors import AvtrainError
 from avtrain.models.avbert import AVBert
+from avtrain.run_folder import newest_weights
 from avtrain.runtime import seed_everything
 
 
@@ -72,6 +73,19 @@ def load_source(checkpoint: Path, overrides: Iterable[str] = ()) -> Start:
         while block := file.read(1 << 20):
             digest.update(block)
     return Start(model, data, str(checkpoint), digest.hexdigest(), parts)
+
+
+def newest_checkpoint(root: Path) -> Path:
+    """The file of the last checkpoint of the newest pretraining run below a folder.
+
+    Raises:
+        AvtrainError: there is none.
+    """
+    found = newest_weights(root)
+    if found is None:
+        raise AvtrainError(f"no run of `avtrain pretrain` with a checkpoint under {root}/: say what to transfer with "
+                           "--checkpoint FILE, or --init random for a network that has learned nothing")
+    return found
 
 
 def random_source(preset: str, overrides: Iterable[str], seed: int) -> Start:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -17,6 +16,8 @@ from avtrain.config import Config, read_config
 from avtrain.engine import Run
 from avtrain.models.avbert import AVBert
 from avtrain.pretraining.objectives import Objectives
+from avtrain.pretraining.optimizer import pretraining_optimizer
+from avtrain.run_folder import RunFolder
 from avtrain.runtime import choose_runtime, seed_everything
 from benchmarks.gpu.report import Figures, Report
 from benchmarks.gpu.steps import random_batch
@@ -49,7 +50,7 @@ class NoiseBatches:
             batch += 1
 
 
-def train(folder: Path, config: Config, device: torch.device, resumed: bool, die: bool, deterministic: bool) -> None:
+def train(folder: Path, config: Config, device: torch.device, die: bool, deterministic: bool) -> None:
     """A few steps with the engine; `die`: the process ends at once, as if killed, in the step after a checkpoint."""
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     config = replace(config, training=replace(config.training, steps=_STEPS, save_every=_SAVED, batch_size=2,
@@ -59,9 +60,10 @@ def train(folder: Path, config: Config, device: torch.device, resumed: bool, die
     generator = seed_everything(0)
     model = AVBert(config.model).to(device).train()
     objectives = Objectives(config.model, config.objectives).to(device).train()
-    run = Run(folder, {"model": model, "objectives": objectives}, config.training, generator, lambda part: None)
-    if resumed:
-        run.resume()
+    modules = {"model": model, "objectives": objectives}
+    run = Run(RunFolder(folder), modules, pretraining_optimizer(modules, config.training), config.training, generator,
+              lambda part: None)
+    run.go_on()
 
     def step(batch: _Noise) -> tuple[Tensor, dict[str, float]]:
         if die and run.position.step == _KILLED - 1:
@@ -95,8 +97,7 @@ def compared(preset: str, changes: list[str], device: torch.device, folder: Path
         error = process.communicate(timeout=120)[1]
         if process.returncode != code:
             raise RuntimeError(error[-150:].decode())
-    one, other = ([json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
-                  for where in (whole, broken))
+    one, other = (RunFolder(where).lines() for where in (whole, broken))
     differences = [abs(left["loss"] - right["loss"]) for left, right in zip(one, other, strict=True)]
     slowest = sorted(2000 / line["clips_per_s"] for line in one)[len(one) // 2]
     return {"steps": len(one), "largest_difference": max(differences), "ok": not deterministic or max(differences) == 0,
@@ -105,5 +106,4 @@ def compared(preset: str, changes: list[str], device: torch.device, folder: Path
 
 if __name__ == "__main__":
     target, mode, fixed, place, preset_name, *settings = sys.argv[1:]
-    train(Path(target), read_config(preset_name, settings), torch.device(place), mode == "resume", mode == "die",
-          fixed == "1")
+    train(Path(target), read_config(preset_name, settings), torch.device(place), mode == "die", fixed == "1")

@@ -19,12 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from avtrain.config import Config
-from avtrain.engine import parameter_groups
 from avtrain.models import forms
 from avtrain.models.avbert import AVBert
 from avtrain.models.cnn import Residual, Stage
 from avtrain.models.graphs import capture
 from avtrain.pretraining.objectives import Objectives
+from avtrain.pretraining.optimizer import pretraining_optimizer
 from benchmarks.gpu.device import NOMINAL_TFLOPS, synchronize
 from benchmarks.gpu.report import Figures
 
@@ -176,9 +176,9 @@ class Step:
         self._bench, self._setting = bench, setting
         self.model, self.objectives = bench.modules(setting)
         training = bench.config.training
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups({"model": self.model, "objectives": self.objectives}, training.weight_decay),
-            lr=training.learning_rate * 0.01, betas=(0.9, 0.98), amsgrad=True,
+        self.optimizer = pretraining_optimizer(
+            {"model": self.model, "objectives": self.objectives},
+            replace(training, learning_rate=training.learning_rate * 0.01),
             fused=True if setting.fused_optimizer else None)
         self._parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self._buffers = [buffer for module in (self.model, self.objectives) for buffer in module.buffers()]

@@ -35,6 +35,10 @@ def predictions_of(out):
     return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
 
 
+def times_of(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
 def put(video, *places):
     for place in places:
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from avtrain.config import TrainingConfig, read_config
-from avtrain.engine import Run, learning_rate, parameter_groups
+from avtrain.config import TrainingConfig
+from avtrain.engine import Run, learning_rate
 from avtrain.errors import AvtrainError
-from avtrain.models.avbert import AVBert
-from avtrain.pretraining.objectives import Objectives
+from avtrain.run_folder import RunFolder
 
 CONFIG = TrainingConfig(batch_size=4, steps=20, learning_rate=0.01, evaluate_every=5, save_every=3, keep=2)
 
@@ -48,7 +47,8 @@ class _Experiment:
         self.generator = torch.Generator().manual_seed(1)
         self.network = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
         self.weights_saved = []
-        self.run = Run(folder, {"network": self.network}, config, self.generator, self._save)
+        optimizer = torch.optim.AdamW(self.network.parameters(), config.learning_rate)
+        self.run = Run(RunFolder(folder), {"network": self.network}, optimizer, config, self.generator, self._save)
         self.batches, self.bad_steps, self.steps = _Batches(), set(bad_steps), 0
 
     def _save(self, folder):
@@ -80,7 +80,7 @@ def test_resuming_goes_on_to_the_same_losses_in_the_middle_of_an_epoch(tmp_path)
         file.write('{"step": 11, "loss": 5, "twi')  # killed while it wrote
     second = _Experiment(tmp_path / "parts")
     torch.manual_seed(99)
-    second.run.resume()
+    second.run.go_on()
     second.train()
     assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole") and len(_losses(tmp_path / "whole")) == 20
     assert second.batches.made[0] == (1, 3)  # nothing that was seen is made again
@@ -96,12 +96,14 @@ def test_resuming_after_a_kill_starts_at_the_last_whole_checkpoint(tmp_path):
     (checkpoints / "step-000009.part").mkdir()
     (checkpoints / "step-000010").mkdir()  # no training.pt: not whole
     second = _Experiment(tmp_path)
-    second.run.resume()
+    second.run.go_on()
     assert second.run.position.step == 8
 
 
 def test_resuming_that_is_stopped_leaves_the_metrics_as_they_were(tmp_path, monkeypatch):
     _Experiment(tmp_path).train(max_steps=8)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9}\n')  # after the last checkpoint: to be dropped
     before = (tmp_path / "metrics.jsonl").read_text()
 
     def stopped(path, text, **options):
@@ -112,7 +114,7 @@ def test_resuming_that_is_stopped_leaves_the_metrics_as_they_were(tmp_path, monk
     second = _Experiment(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "write_text", stopped)
-        second.run.resume()
+        second.run.go_on()
     assert (tmp_path / "metrics.jsonl").read_text() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl", "tensorboard"]
 
@@ -153,15 +155,15 @@ def test_a_run_that_ends_with_losses_that_are_not_finite_has_a_checkpoint_or_fai
         unsaved.train(max_steps=2)
     saved = _Experiment(tmp_path / "saved", bad_steps=[5])
     saved.train(max_steps=5)
-    assert saved.run.last_checkpoint().name == "step-000003" and saved.run.bad_steps == 1
+    assert saved.run.folder.last_checkpoint().name == "step-000003" and saved.run.bad_steps == 1
     resumed = _Experiment(tmp_path / "saved", bad_steps=range(1, 100))
-    resumed.run.resume()
+    resumed.run.go_on()
     resumed.train(max_steps=5)
-    assert resumed.run.last_checkpoint().name == "step-000003" and resumed.run.bad_steps == 2
+    assert resumed.run.folder.last_checkpoint().name == "step-000003" and resumed.run.bad_steps == 2
     again = _Experiment(tmp_path / "saved")
-    again.run.resume()
+    again.run.go_on()
     again.train(max_steps=5)
-    assert again.run.last_checkpoint().name == "step-000005" and again.run.bad_steps == 0
+    assert again.run.folder.last_checkpoint().name == "step-000005" and again.run.bad_steps == 0
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
@@ -171,8 +173,8 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
     for parts in (1, 2):
         torch.manual_seed(0)
         network = nn.Linear(8, 1)
-        run = Run(tmp_path / str(parts), {"network": network}, replace(CONFIG, accumulate=parts, steps=1),
-                  torch.Generator(), lambda folder: None)
+        run = Run(RunFolder(tmp_path / str(parts)), {"network": network}, torch.optim.SGD(network.parameters()),
+                  replace(CONFIG, accumulate=parts, steps=1), torch.Generator(), lambda folder: None)
 
         class Halves(_Batches):
             def starting_at(self, epoch, batch, parts=parts):
@@ -194,36 +196,20 @@ def test_learning_rate_rises_and_falls():
     assert rates[550] == pytest.approx(5e-4) and all(math.isfinite(rate) for rate in rates)
 
 
-def test_no_weight_decay_on_norms_and_biases_and_no_parameter_twice():
-    network = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv2d(1, 2, 3))
-    decayed, free = parameter_groups({"a": network, "b": network[0]}, 0.1)
-    assert [parameter.dim() for parameter in decayed["params"]] == [2, 4] and decayed["weight_decay"] == 0.1
-    assert len(free["params"]) == 4 and free["weight_decay"] == 0.0
-
-
-def test_what_of_the_real_model_decays():
-    config = read_config("tiny")
-    modules = {"model": AVBert(config.model), "objectives": Objectives(config.model, config.objectives)}
-    names = {id(parameter): f"{prefix}.{name}" for prefix, module in modules.items()
-             for name, parameter in module.named_parameters()}
-    decayed, free = ([names[id(parameter)] for parameter in group["params"]]
-                     for group in parameter_groups(modules, 0.1))
-    assert sorted(decayed + free) == sorted(names.values())
-    vectors = {"model.bos", "model.modality", "objectives.mask", *(
-        f"model.{name}_embedding.positions" for name in ("visual", "audio", "multimodal"))}
-    norms = {names[id(parameter)] for module in modules.values() for part in module.modules()
-             if isinstance(part, (nn.LayerNorm, nn.BatchNorm2d, nn.BatchNorm3d)) for parameter in part.parameters()}
-    assert len(norms) > 50 and set(free) == vectors | norms | {name for name in names.values()
-                                                               if name.endswith(".bias")}
-    for name in ("visual_cnn.stem.0.weight", "visual_projection.weight", "encoder.stacks.0.0.attention_in.shared",
-                 "encoder.stacks.0.0.attention_in.private", "encoder.stacks.0.0.attention_in.skew"):
-        assert f"model.{name}" in decayed
-
-
-def test_resume_without_a_checkpoint_or_with_another_model_is_said(tmp_path):
-    with pytest.raises(AvtrainError, match="no checkpoint"):
-        _Experiment(tmp_path).run.resume()
+def test_without_a_checkpoint_a_run_begins_and_one_of_another_model_is_refused(tmp_path):
+    assert not _Experiment(tmp_path).run.go_on()
     _Experiment(tmp_path).train(max_steps=1)
-    other = Run(tmp_path, {"network": nn.Linear(3, 3)}, CONFIG, torch.Generator(), lambda folder: None)
-    with pytest.raises(AvtrainError, match="other settings"):
-        other.resume()
+    network = nn.Linear(3, 3)
+    other = Run(RunFolder(tmp_path), {"network": network}, torch.optim.Adam(network.parameters()), CONFIG,
+                torch.Generator(), lambda folder: None)
+    with pytest.raises(AvtrainError, match=r"other settings: .* --force begins anew"):
+        other.go_on()
+
+
+def test_a_run_that_is_there_already_does_nothing(tmp_path):
+    _Experiment(tmp_path).train(max_steps=4)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    again = _Experiment(tmp_path)
+    assert again.run.go_on()
+    again.train(max_steps=4)
+    assert again.steps == 0 and {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

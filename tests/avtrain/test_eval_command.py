@@ -7,7 +7,19 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from small_eval import NETWORK, QUICK, VIEWS, build, invoke, predictions_of, put, results_of, run_eval, settings
+from small_eval import (
+    NETWORK,
+    QUICK,
+    VIEWS,
+    build,
+    invoke,
+    predictions_of,
+    put,
+    results_of,
+    run_eval,
+    settings,
+    times_of,
+)
 from torch import nn
 
 from avtrain.checkpoints.ours import save_model
@@ -16,6 +28,7 @@ from avtrain.data.order import ClipPlace
 from avtrain.data.views import ListedClip, collate_rows
 from avtrain.engine import Run
 from avtrain.models.avbert import AVBert
+from avtrain.run_folder import RunFolder, write_settings
 from avtrain.transfer.splits import held_out
 from avtrain.transfer.tasks import TASKS
 
@@ -35,29 +48,29 @@ def test_killed_and_resumed_gives_the_same_predictions(tree, tmp_path, monkeypat
         patch.setattr(Run, "save", save_and_die)
         assert run_eval(tree, tmp_path / "killed", "ucf101", *options).exit_code == 130
     assert not (tmp_path / "killed/results.json").exists()
-    again = run_eval(tree, tmp_path / "killed", "ucf101", *options)
-    assert again.exit_code == 1 and "--resume" in again.output
-    other = run_eval(tree, tmp_path / "killed", "ucf101", *options, "--resume", "--seed", "1")
-    assert other.exit_code == 1 and "seed" in other.output
-    done = run_eval(tree, tmp_path / "killed", "ucf101", *options, "--resume")
+    other = run_eval(tree, tmp_path / "killed", "ucf101", *options, "--seed", "1")
+    assert other.exit_code == 1 and "seed was 0 and is 1" in other.output
+    done = run_eval(tree, tmp_path / "killed", "ucf101", *options)
     assert done.exit_code == 0, done.output
     assert predictions_of(tmp_path / "killed") == predictions_of(tmp_path / "whole")
     steps = [json.loads(line)["step"] for line in (tmp_path / "killed/split-2/metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 10))
 
 
-def test_stopped_before_its_first_checkpoint_it_starts_anew(tree, tmp_path, monkeypatch):
+def test_stopped_during_its_first_checkpoint_it_begins_again_by_itself(tree, tmp_path, monkeypatch):
     options = [*settings(QUICK), "--set", "transfer.epochs=3", "--split", "2"]
-    log = Run._log
     with monkeypatch.context() as patch:
-        def log_and_die(run, *arguments):
-            log(run, *arguments)
-            if run.position.step == 3:
-                raise KeyboardInterrupt
+        def killed(*arguments):
+            raise KeyboardInterrupt
 
-        patch.setattr(Run, "_log", log_and_die)
-        assert run_eval(tree, tmp_path, "ucf101", *options).exit_code == 130
-    assert run_eval(tree, tmp_path, "ucf101", *options, "--resume").exit_code == 0
+        patch.setattr("avtrain.transfer.finetune._SAVE_EVERY", 4)
+        patch.setattr("avtrain.run_folder.torch.save", killed)
+        assert run_eval(tree, tmp_path, "ucf101", *options, "--seed", "1").exit_code == 130
+    assert [path.name for path in (tmp_path / "split-2/checkpoints").iterdir()] == ["step-000004.part"]
+    with (tmp_path / "split-2/metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    assert run_eval(tree, tmp_path, "ucf101", *options).exit_code == 0  # nothing was saved: the seed may be another
+    assert [path.name for path in (tmp_path / "split-2/checkpoints").iterdir()] == ["step-000009"]
     steps = [json.loads(line)["step"] for line in (tmp_path / "split-2/metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 10))
 
@@ -77,9 +90,10 @@ def test_all_tasks_go_on_where_they_were_stopped_and_one_that_fails_does_not_sto
     assert run_eval(tree, tmp_path, "all", *options, "--split", "2").exit_code == 0
     before = predictions_of(tmp_path / "ucf101")
     shutil.rmtree(tmp_path / "esc10")  # as if it had been stopped before
-    done = run_eval(tree, tmp_path, "all", *options, "--split", "2", "--resume")
+    done = run_eval(tree, tmp_path, "all", *options, "--split", "2")
     assert done.exit_code == 0, done.output
     assert (tmp_path / "esc10" / "results.json").is_file() and predictions_of(tmp_path / "ucf101") == before
+    assert "ucf101 is finished already" in done.output and "esc10 is finished" not in done.output
     assert not (tmp_path / "charades").exists()  # it has no second split
 
     done = run_eval(tree, tmp_path / "visual", "all", *options, "--modality", "visual")
@@ -89,22 +103,65 @@ def test_all_tasks_go_on_where_they_were_stopped_and_one_that_fails_does_not_sto
     assert [row.split(" | ")[0] for row in rows] == ["| ucf101", "| kinetics-sounds", "| charades"]
 
 
-def test_another_protocol_does_not_replace_what_took_long(tree, tmp_path):
+def test_another_protocol_or_recipe_replaces_nothing_until_forced(tree, tmp_path):
     assert run_eval(tree, tmp_path, "ucf101", *settings(QUICK), "--split", "2").exit_code == 0
-    before = results_of(tmp_path)
-    done = run_eval(tree, tmp_path, "ucf101", "--protocol", "knn", "--split", "2", *settings(VIEWS))
-    assert done.exit_code == 1 and "holds an evaluation already" in done.output
-    assert results_of(tmp_path) == before
+    (tmp_path / "notes.txt").touch()
+    before = times_of(tmp_path)
+    knn = ("--protocol", "knn", "--split", "2", *settings(VIEWS))
+    done = run_eval(tree, tmp_path, "ucf101", *knn)
+    assert done.exit_code == 1 and 'protocol_name was "finetune" and is "knn"' in done.output, done.output
+    assert "--force to begin anew" in done.output and len(done.output.splitlines()) == 1
+    assert times_of(tmp_path) == before
+    assert run_eval(tree, tmp_path, "ucf101", *knn, "--force").exit_code == 0
+    assert results_of(tmp_path)["protocol"] == "knn" and (tmp_path / "notes.txt").exists()
+    assert sorted(path.name for path in (tmp_path / "split-2").iterdir()) == ["predictions.jsonl", "shards.json"]
+    done = run_eval(tree, tmp_path, "ucf101", *knn, "--recipe", "small", "--resume")
+    assert done.exit_code == 1 and "protocol.test_crops was 3 and is 1" in done.output
 
 
-def test_frozen_features_are_judged_again_by_the_same_settings_only(tree, tmp_path):
-    options = ("--protocol", "knn", "--split", "2", *settings(VIEWS))
+@pytest.mark.parametrize(("protocol", "fields"), [("finetune", QUICK), ("knn", VIEWS)])
+def test_run_again_it_says_that_it_is_finished_and_does_nothing(tree, tmp_path, protocol, fields):
+    options = ("--protocol", protocol, "--split", "2", *settings(fields))
+    first = run_eval(tree, tmp_path, "ucf101", *options)
+    assert first.exit_code == 0, first.output
+    before = times_of(tmp_path)
+    for more in ((), ("--resume",), ("--set", "data.workers=1")):
+        again = run_eval(tree, tmp_path, "ucf101", *options, *more)
+        assert again.exit_code == 0, again.output
+        assert f"{tmp_path} is finished already: nothing is left to do" in again.output
+        assert f"{tmp_path}/results.json" in again.output and "resume" not in again.output
+    assert times_of(tmp_path) == before
+    (tmp_path / "results.json").write_text("{")  # made again from the predictions
     assert run_eval(tree, tmp_path, "ucf101", *options).exit_code == 0
-    before = results_of(tmp_path)
-    assert run_eval(tree, tmp_path, "ucf101", *options).exit_code == 0
-    done = run_eval(tree, tmp_path, "ucf101", *options, "--recipe", "small")
-    assert done.exit_code == 1 and "holds an evaluation already" in done.output
-    assert results_of(tmp_path) == before
+    assert results_of(tmp_path)["protocol"] == protocol
+
+
+def test_a_folder_of_something_else_is_left_alone(tree, tmp_path):
+    (tmp_path / "results.json").write_text("mine")
+    for more in ((), ("--force",)):
+        done = run_eval(tree, tmp_path, "ucf101", "--protocol", "knn", "--split", "2", *settings(VIEWS), *more)
+        assert done.exit_code == 1 and "holds results of no `avtrain eval`" in done.output, done.output
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_without_a_checkpoint_the_last_one_of_the_newest_run_is_taken(tree, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ("eval", "--task", "ucf101", "--split", "2", "--protocol", "knn", "--shards", tree, "--device", "cpu",
+               *settings(["data.workers=0", *VIEWS]))
+    done = invoke(*options)
+    assert done.exit_code == 1 and "no run of `avtrain pretrain` with a checkpoint under runs/" in done.output
+    assert "--checkpoint FILE" in done.output and "--init random" in done.output
+    for name in ("other/run", "newest"):
+        folder = RunFolder(tmp_path / "runs" / name)
+        write_settings(folder.path / "config.json", {})
+        for step in (4, 12):
+            folder.save(step, {}, lambda to: shutil.copy(checkpoint, to / "model.safetensors"), keep=3)
+    taken = "runs/newest/checkpoints/step-000012/model.safetensors"
+    done = invoke(*options)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert done.output.splitlines()[0] == f"--checkpoint {taken}: the last one of the newest run under runs/"
+    [out] = (tmp_path / "runs/eval").iterdir()
+    assert results_of(out)["settings"]["checkpoint"] == taken
 
 
 @pytest.mark.parametrize(("protocol", "fields"), [("linear", QUICK), ("knn", VIEWS)])
@@ -115,7 +172,9 @@ def test_validation_is_reported_and_changes_neither_test_nor_resumption(tree, tm
     before = results_of(tmp_path)
     assert before["validation"]["1"]["top1"]["interval_95"][1] <= 100
     assert before["shards"]["1"]["videos"] == {"train": 6, "validation": 3, "test": 7, "unreadable": 0}
-    assert run_eval(tree, tmp_path, "kinetics-sounds", *options, "--resume").exit_code == 0
+    assert "is finished already" in run_eval(tree, tmp_path, "kinetics-sounds", *options).output
+    (tmp_path / "results.json").unlink()
+    assert run_eval(tree, tmp_path, "kinetics-sounds", *options).exit_code == 0
     assert results_of(tmp_path) == before
 
 
@@ -124,12 +183,12 @@ def test_other_shards_or_precision_are_no_resumption(tree, tmp_path):
     shutil.copytree(tree / "kinetics-sounds", shards / "kinetics-sounds")
     options = ("--protocol", "knn", "--recipe", "small", *settings(VIEWS))
     assert run_eval(shards, tmp_path / "run", "kinetics-sounds", *options, "--precision", "float32").exit_code == 0
-    done = run_eval(shards, tmp_path / "run", "kinetics-sounds", *options, "--precision", "bfloat16", "--resume")
-    assert done.exit_code == 1 and "precision differ" in done.output
+    done = run_eval(shards, tmp_path / "run", "kinetics-sounds", *options, "--precision", "bfloat16")
+    assert done.exit_code == 1 and 'precision was "torch.float32" and is "torch.bfloat16"' in done.output
     for part, other in (("train", "test"), ("test", "train")):
         shutil.copytree(tree / "kinetics-sounds" / other, shards / "kinetics-sounds" / part, dirs_exist_ok=True)
-    done = run_eval(shards, tmp_path / "run", "kinetics-sounds", *options, "--precision", "float32", "--resume")
-    assert done.exit_code == 1 and "begun on other shards" in done.output
+    done = run_eval(shards, tmp_path / "run", "kinetics-sounds", *options, "--precision", "float32")
+    assert done.exit_code == 1 and "begun with other settings: shards was" in done.output
 
 
 def test_a_batch_of_which_nothing_can_be_decoded_is_empty():
@@ -186,7 +245,6 @@ def test_mistakes_are_answered_in_a_line(tree, checkpoint, avprep, tmp_path):
     heard = ("--checkpoint", tmp_path / "heard.safetensors")
     for arguments, expected in (
             (("ucf102", tree, *random), "--task ucf102: known are ucf101"),
-            (("ucf101", tree), "--init random"),
             (("ucf101", tree, *ours, "--init", "random"), "one of the two"),
             (("ucf101", tree, *ours, "--preset", "tiny"), "--preset tiny: goes with --init random"),
             (("ucf101", tree, *ours, "--protocol", "knn", "--set", "transfer.epochs=3"), "would do nothing in the"),
@@ -240,9 +298,11 @@ def test_a_damaged_file_is_not_gone_on_with(tree, tmp_path, name, content):
     path, before = tmp_path / name, results_of(tmp_path)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:1]) if content == "half" else content)  # half: one of two videos
-    done = run_eval(tree, tmp_path, "ucf101", *options, "--resume")
-    assert done.exit_code == 1 and f"{path} is " in done.output and "delete" in done.output, (done.output,
-                                                                                             done.exception)
+    done = run_eval(tree, tmp_path, "ucf101", *options)
+    assert done.exit_code == 1 and f"{path} is " in done.output, (done.output, done.exception)
+    assert ("delete it" if "predictions" in name else "--force begins anew") in done.output
+    assert results_of(tmp_path) == before
+    assert run_eval(tree, tmp_path, "ucf101", *options, "--force").exit_code == 0
     assert results_of(tmp_path) == before
 
 

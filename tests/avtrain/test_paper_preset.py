@@ -16,6 +16,8 @@ from avtrain.data.shards import open_folders
 from avtrain.engine import Run
 from avtrain.models.avbert import AVBert
 from avtrain.pretraining.objectives import Objectives
+from avtrain.pretraining.optimizer import pretraining_optimizer
+from avtrain.run_folder import RunFolder
 from avtrain.runtime import choose_runtime, seed_everything
 
 STEPS = 2
@@ -59,7 +61,9 @@ def test_steps_on_two_real_clips_lower_the_loss(media, avprep, tmp_path, capsys)
         return result.loss, {name: float(value) for name, value in result.parts.items()}
 
     began = time.monotonic()
-    run = Run(tmp_path / "run", {"model": model, "objectives": objectives}, config.training, generator, lambda _: None)
+    modules = {"model": model, "objectives": objectives}
+    run = Run(RunFolder(tmp_path / "run"), modules, pretraining_optimizer(modules, config.training), config.training,
+              generator, lambda _: None)
     run.train(step, _Same(batch), runtime.autocast, dict)
     first = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     with torch.no_grad(), runtime.autocast():

@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from small_eval import invoke
+from small_eval import invoke, times_of
 
 from avtrain.checkpoints.ours import load_checkpoint
 
@@ -74,9 +75,82 @@ def test_killed_and_resumed_gives_the_same_losses_step_for_step(demo_shards, who
         time.sleep(0.1)
         process.send_signal(signal.SIGKILL)
     assert len(_losses(out)) < 9
-    done = _run(demo_shards, out, "--resume")
+    done = _run(demo_shards, out)
     assert done.returncode == 0, done.stderr
     assert _losses(out) == _losses(whole[0])
+
+
+def _invoke(*arguments):
+    return invoke(*_command(*arguments)[3:])  # what comes after "python -m avtrain.cli"
+
+
+def test_stopped_during_its_first_checkpoint_a_run_begins_again_by_itself(demo_shards, whole, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        def killed(*arguments):
+            raise KeyboardInterrupt
+
+        patch.setattr("avtrain.run_folder.torch.save", killed)
+        assert _invoke(demo_shards, out).exit_code == 130
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000002.part"]
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    # Nothing that was saved would be lost: the settings may be others too.
+    assert _invoke(demo_shards, out, "--set", "training.learning_rate=1e-2", "--max-steps", 1).exit_code == 0
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000001"]
+    assert _run(demo_shards, out, "--force").returncode == 0
+    assert _losses(out) == _losses(whole[0])
+
+
+def test_run_again_it_says_that_it_is_finished_and_does_nothing(demo_shards, whole):
+    before = times_of(whole[0])
+    for more in ((), ("--resume",), ("--max-steps", 3), ("--set", "data.workers=0")):
+        done = _invoke(demo_shards, whole[0], *more)
+        assert done.exit_code == 0, done.output
+        assert f"{whole[0]} is at step 9 already: nothing is left to do" in done.output
+        assert "held-out pair accuracy" in done.output and "resume" not in done.output
+    assert times_of(whole[0]) == before
+
+
+def test_other_settings_data_or_precision_are_refused_until_forced(demo_shards, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    (out / "notes.txt").touch()
+    before = times_of(out)
+    precision = json.loads((out / "inputs.json").read_text())["precision"].removeprefix("torch.")
+    other = "bfloat16" if precision == "float32" else "float32"
+    for more, expected in (
+            (("--set", "model.rank=4"), "model.rank was 8 and is 4;"),
+            (("--set", "training.steps=12", "--resume"), "training.steps was 9 and is 12;"),
+            (("--precision", other), f'precision was "torch.{precision}" and is "torch.{other}";'),
+            (("--test-shards", demo_shards / "train"), "test_shards was "),
+            (("--shards", demo_shards / "test"), "train_shards was ")):
+        done = _invoke(demo_shards, out, *more)
+        assert done.exit_code == 1 and expected in done.output, (more, done.output, done.exception)
+        assert f"{out} was begun with other settings: " in done.output and "--force to begin anew" in done.output
+        assert len(done.output.splitlines()) == 1
+    assert times_of(out) == before
+    done = _invoke(demo_shards, out, "--set", "training.steps=2", "--force")
+    assert done.exit_code == 0, done.output
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000002"] and len(_losses(out)) == 2
+    assert (out / "notes.txt").exists() and len(list((out / "tensorboard").iterdir())) == 1
+    assert json.loads((out / "config.json").read_text())["training"]["steps"] == 2
+
+
+def test_a_run_of_before_its_inputs_were_written_down_goes_on(demo_shards, whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    (tmp_path / "run" / "inputs.json").unlink()
+    assert "at step 9 already" in _invoke(demo_shards, tmp_path / "run").output
+
+
+def test_a_folder_of_something_else_is_left_alone(demo_shards, whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    before = times_of(tmp_path)
+    for more in ((), ("--force",)):
+        done = _invoke(demo_shards, tmp_path / "run", *more)
+        assert done.exit_code == 1 and "is of no run of `avtrain pretrain`" in done.output, done.output
+    assert times_of(tmp_path) == before
 
 
 def test_sound_alone_of_two_datasets(demo_shards, avprep, ffmpeg, tmp_path):
@@ -97,15 +171,12 @@ def test_sound_alone_of_two_datasets(demo_shards, avprep, ffmpeg, tmp_path):
     assert "pair accuracy" not in done.stdout and (out / "report.html").is_file()
 
 
-def test_mistakes_are_answered_in_a_line(demo_shards, whole, tmp_path):
+def test_mistakes_are_answered_in_a_line(demo_shards, tmp_path):
     for arguments, expected in (
             ((tmp_path / "nowhere", tmp_path / "run"), "nowhere/index.json"),
-            ((demo_shards, whole[0]), "--resume"),
-            ((demo_shards, tmp_path / "run", "--resume"), "no run in"),
-            ((demo_shards, whole[0], "--resume", "--set", "model.rank=4"), "settings differ"),
             ((demo_shards, tmp_path / "run", "--set", "model.rnk=4"), "did you mean model.rank"),
             ((demo_shards, tmp_path / "run", "--set", "data.segment_frames=5"), "must divide"),
             ((demo_shards, tmp_path / "run", "--preset", "huge"), "known are"),
             ((demo_shards, tmp_path / "run", "--device", "cuda:7"), "--device cuda:7")):
-        done = invoke(*_command(*arguments)[3:])  # what comes after "python -m avtrain.cli"
+        done = _invoke(*arguments)
         assert done.exit_code == 1 and expected in done.output, (arguments, done.output, done.exception)

@@ -1,0 +1,33 @@
+"""Options that several commands of `avtrain` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+FILE = click.Path(path_type=Path, dir_okay=False)
+FOLDER = click.Path(path_type=Path, file_okay=False)
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def set_option(command: str, help_text: str, metavar: str = "SECTION.FIELD=VALUE") -> Callable[[_Command], _Command]:
+    """--set of a command; click would make AVTRAIN_COMMAND_OVERRIDES of the parameter's name."""
+    return click.option("--set", "overrides", multiple=True, metavar=metavar, help=help_text,
+                        envvar=f"AVTRAIN_{command.upper()}_SET")
+
+
+def runtime_options(command: _Command) -> _Command:
+    """--device and --precision."""
+    precision = click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto",
+                             help="auto: bfloat16 where the hardware has it.")
+    return click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]")(precision(command))
+
+
+def going_on_options(command: _Command) -> _Command:
+    """--force; and --resume, which was wanted once and does nothing: a command that is run again goes on anyway."""
+    resume = click.option("--resume", is_flag=True, hidden=True, expose_value=False)
+    return click.option("--force", is_flag=True, help="Begin anew: delete what an earlier run wrote to OUT. Without it "
+                                                      "the same command goes on with that.")(resume(command))
