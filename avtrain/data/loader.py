@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +17,7 @@ from avtrain.config import DataConfig
 from avtrain.data.augment import SoundAugmentation, augmented_log_mel, centre_view, pixels, random_view
 from avtrain.data.decode import ClipUnreadable, decode_log_mel, decode_parts
 from avtrain.data.handover import AHEAD, begin, check_room, in_flight_bytes, packed, unpacked
+from avtrain.data.manifest import ClipRow
 from avtrain.data.order import ClipPlace
 from avtrain.data.shards import ShardFolder, ShardReader
 from avtrain.errors import AvtrainError
@@ -144,15 +144,15 @@ class ClipDataset(Dataset[Any]):
         key, members = self._reader.read(*place, self._config.modality)
         random = None if self._seed is None else np.random.default_rng([self._seed, epoch, *place])
         try:
-            return self._clip(key, members, visual, random)
-        except (ClipUnreadable, KeyError, ValueError) as error:
+            return self._clip(self._folder.rows.at(place), members, visual, random)
+        except ClipUnreadable as error:
             return f"{self._folder.shards[place.shard].name}: {key}: {error}"
 
-    def _clip(self, key: str, members: dict[str, bytes], visual: Tensor, random: np.random.Generator | None) -> _Clip:
+    def _clip(self, row: ClipRow, members: dict[str, bytes], visual: Tensor,
+              random: np.random.Generator | None) -> _Clip:
         config, spec = self._config, self._folder.spec
-        info = json.loads(members["json"])
-        frames = info["frames"] if config.modality != "audio" else 0
-        mel_frames = info["mel_frames"] if config.modality != "visual" else 0
+        frames = row.frames if config.modality != "audio" else 0
+        mel_frames = row.mel_frames if config.modality != "visual" else 0
         there = max(frames // spec["segment_frames"], mel_frames // spec["mel_frames"], 1)
         count = min(there, config.segments)
         first = int(random.integers(there - count + 1)) if random is not None else 0
@@ -162,7 +162,7 @@ class ClipDataset(Dataset[Any]):
             first_mel = int(random.integers(max(0, mel_frames - count * config.mel_frames) + 1))
         log_mel = members.get("logmel.npy") if mel_frames else None
         audio, audio_present = self._audio(log_mel, first_mel, count, random)
-        return _Clip(key, visual, audio, visual_present, audio_present, info["labels"])
+        return _Clip(row.key, visual, audio, visual_present, audio_present, row.labels)
 
     def _visual(self, mp4: bytes | None, frames: int, first: int, count: int, visual: Tensor,
                 random: np.random.Generator | None) -> Tensor:

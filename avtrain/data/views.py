@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,51 +16,9 @@ from avtrain.config import DataConfig
 from avtrain.data.augment import SoundAugmentation, View, augmented_log_mel, pixels, random_view
 from avtrain.data.decode import ClipUnreadable, Planes, decode_frames, decode_log_mel
 from avtrain.data.loader import Batch, check_spec
+from avtrain.data.manifest import ClipRow
 from avtrain.data.order import ClipPlace
 from avtrain.data.shards import ShardFolder, ShardReader
-
-_CLIP_NUMBER = re.compile(r"-\d{4,}$")
-
-
-@dataclass(frozen=True)
-class ListedClip:
-    """What the shards say of one stored clip: where it is, its labels, frames of picture and of log-mel, seconds."""
-
-    place: ClipPlace
-    key: str
-    labels: tuple[int, ...]
-    frames: int
-    mel_frames: int
-    length_s: float
-
-    @property
-    def video(self) -> str:
-        """The source that the clip was cut from; a long one gives several clips."""
-        return video_of(self.key)
-
-    def has(self, modality: str) -> bool:
-        """Whether there is anything to see or hear, as the modality wants it."""
-        return (modality != "audio" and self.frames > 0) or (modality != "visual" and self.mel_frames > 0)
-
-
-def video_of(key: str) -> str:
-    """The source of a clip, from the clip's key."""
-    return _CLIP_NUMBER.sub("", key)
-
-
-def list_clips(folder: ShardFolder) -> list[ListedClip]:
-    """Every clip of the shards, in their order.
-
-    Raises:
-        AvtrainError: a shard is missing or damaged.
-    """
-    reader, clips = ShardReader(folder), []
-    for number, shard in enumerate(folder.shards):
-        for position in range(shard.clips):
-            key, info = reader.read_info(number, position)
-            clips.append(ListedClip(ClipPlace(number, position), key, tuple(info["labels"]), info["frames"],
-                                    info["mel_frames"], info["end_s"] - info["start_s"]))
-    return clips
 
 
 @dataclass(frozen=True)
@@ -145,29 +101,29 @@ class ViewDataset(Dataset[Any]):
         random = (None if self._seed is None else
                   np.random.default_rng([self._seed, epoch, *item.place, 0 if item.part is None else 1 + item.part]))
         try:
-            return self._rows(key, members, json.loads(members["json"]), item.part, random)
-        except (ClipUnreadable, KeyError, ValueError) as error:
+            return self._rows(self.folder.rows.at(item.place), members, item.part, random)
+        except ClipUnreadable as error:
             return f"{self.folder.shards[item.place.shard].name}: {key}: {error}"
 
-    def _rows(self, key: str, members: dict[str, bytes], info: dict[str, Any], part: int | None,
+    def _rows(self, row: ClipRow, members: dict[str, bytes], part: int | None,
               random: np.random.Generator | None) -> _Rows:
         views, spec = self.views, self.folder.spec
         segment = int(spec["segment_frames"])
-        heard = info["mel_frames"] * segment // int(spec["mel_frames"])
-        seen = info["frames"] if views.modality != "audio" else 0
+        heard = row.mel_frames * segment // int(spec["mel_frames"])
+        seen = row.frames if views.modality != "audio" else 0
         starts = start_frames(seen or heard, segment, views.clips)
         if random is not None and views.random_start:
             starts = [int(random.integers(max(0, (seen or heard) - segment) + 1))]
         elif part is not None:
             starts = starts[part:part + 1]
-        visual, visual_present = self._visual(members.get("mp4") if seen else None, info["frames"], starts, random)
+        visual, visual_present = self._visual(members.get("mp4") if seen else None, row.frames, starts, random)
         mel = members.get("logmel.npy") if views.modality != "visual" else None
         audio, audio_present = self._audio(mel, starts, random)
         # (crops, starts, ...) -> (rows, segments, ...)
         rows = (visual.shape[0], len(starts)) if views.sequence else (visual.shape[0] * len(starts), 1)
         audio = audio.expand(visual.shape[0], *audio.shape)
         present = [mask.expand(visual.shape[0], -1).reshape(rows) for mask in (visual_present, audio_present)]
-        return _Rows(key, info["labels"], visual.reshape(*rows, *visual.shape[2:]),
+        return _Rows(row.key, row.labels, visual.reshape(*rows, *visual.shape[2:]),
                      audio.reshape(*rows, *audio.shape[2:]), *present)
 
     def _visual(self, mp4: bytes | None, frames: int, starts: list[int],
@@ -189,7 +145,7 @@ class ViewDataset(Dataset[Any]):
             inside = slice(start - starts[0], start - starts[0] + segment, self._step)
             planes = Planes(whole.luma[inside], whole.chroma[inside], whole.bt709)
             if not len(planes.luma):
-                raise ClipUnreadable("its video is shorter than its .json says")
+                raise ClipUnreadable("its video is shorter than its manifest says")
             for row, square in enumerate(squares):
                 rgb, frames = visual[row, column], len(planes.luma)
                 pixels(planes, square, rgb)

@@ -32,7 +32,7 @@ class HeldOut:
     def __init__(self, folder: ShardFolder, config: Config, runtime: Runtime) -> None:
         self._dataset = ClipDataset(folder, config.data, None)
         self._workers, self._runtime, self._clips = config.data.workers, runtime, folder.clips
-        order = epoch_order([shard.clips for shard in folder.shards], _SEED, 0, len(folder.shards))
+        order = epoch_order(folder.clips_of_shards, _SEED, 0, len(folder.shards))
         self._places = batches_of(order, config.training.batch_size // config.training.accumulate)
 
     def in_flight_bytes(self) -> int:

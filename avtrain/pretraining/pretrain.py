@@ -32,7 +32,7 @@ class EpochBatches:
 
     def __init__(self, folder: ShardFolder, config: Config) -> None:
         self._config, self._dataset = config, ClipDataset(folder, config.data, config.training.seed)
-        self._clips = [shard.clips for shard in folder.shards]
+        self._clips = folder.clips_of_shards
         self._size = config.training.batch_size // config.training.accumulate
         self._unreadable = UnreadableCount(folder.clips)
 

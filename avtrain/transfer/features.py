@@ -101,7 +101,7 @@ def frozen_features(model: AVBert, folder: ShardFolder, config: DataConfig, runt
         return {"visual_present": batch.visual_present, "audio_present": batch.audio_present, **found._asdict()}
 
     def compute() -> Features:
-        places = batches_of(fixed_order([shard.clips for shard in folder.shards]), _CLIPS_AT_ONCE)
+        places = batches_of(fixed_order(folder.clips_of_shards), _CLIPS_AT_ONCE)
         supply = batches(ClipDataset(folder, config, None), at_epoch(places, 0), config.workers)
         return Features(**_extract(model, outputs, supply, len(places), runtime, folder.clips))
 
@@ -129,7 +129,7 @@ def view_features(model: AVBert, dataset: ViewDataset, runtime: Runtime, cache: 
         return {"pooled": torch.cat({"visual": [seen], "audio": [heard]}.get(views.modality, [seen, heard]), 1)}
 
     def compute() -> ViewFeatures:
-        places = batches_of(fixed_order([shard.clips for shard in folder.shards]),
+        places = batches_of(fixed_order(folder.clips_of_shards),
                             max(1, _SEGMENTS_AT_ONCE // (views.clips * views.crops)))
         supply = batches(dataset, ([(ViewItem(place), 0) for place in batch] for batch in places), config.workers,
                          collate_rows)

@@ -19,9 +19,10 @@ from avtrain.config import Config, DataConfig, TrainingConfig
 from avtrain.data.augment import SoundAugmentation
 from avtrain.data.handover import check_room, in_flight_bytes
 from avtrain.data.loader import Batch, UnreadableCount, batches, readable
+from avtrain.data.manifest import ClipRows
 from avtrain.data.order import at_epoch
 from avtrain.data.shards import ShardFolder
-from avtrain.data.views import ListedClip, ViewDataset, ViewItem, Views, collate_rows
+from avtrain.data.views import ViewDataset, ViewItem, Views, collate_rows
 from avtrain.engine import Run
 from avtrain.files import written_whole
 from avtrain.models.avbert import AVBert
@@ -117,8 +118,8 @@ def fixed_views(protocol: Protocol, modality: str) -> Views:
     return Views(modality, protocol.test_views, crops, protocol.test_whole, protocol.sequence)
 
 
-def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: list[ListedClip],
-             validation: list[ListedClip], data: DataConfig, protocol: Protocol, modality: str, out: Path,
+def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: ClipRows,
+             validation: ClipRows, data: DataConfig, protocol: Protocol, modality: str, out: Path,
              runtime: Runtime, seed: int, resume: bool) -> Classifier:
     """Train a model and new heads; the last epoch counts.
 
@@ -230,7 +231,7 @@ def probabilities(logits: Tensor, protocol: Protocol) -> Tensor:
 
 
 @torch.no_grad()
-def predict(classifier: Classifier, folder: ShardFolder, clips: list[ListedClip], data: DataConfig,
+def predict(classifier: Classifier, folder: ShardFolder, clips: ClipRows, data: DataConfig,
             protocol: Protocol, modality: str, runtime: Runtime) -> Predictions:
     """Outputs of all views, crops, segments and heads of a video, averaged. Leaves the classifier in eval mode."""
     classifier.eval()
@@ -247,10 +248,11 @@ def predict(classifier: Classifier, folder: ShardFolder, clips: list[ListedClip]
     return sums.predictions()
 
 
-def _test_views(folder: ShardFolder, clips: list[ListedClip], data: DataConfig, protocol: Protocol,
+def _test_views(folder: ShardFolder, clips: ClipRows, data: DataConfig, protocol: Protocol,
                 modality: str) -> tuple[ViewDataset, list[list[ViewItem]]]:
     """The test's views of these clips, and its batches."""
     views = fixed_views(protocol, modality)
     size = max(1, _TEST_SEGMENTS[modality] // (views.clips * views.crops))
-    items = [[ViewItem(clip.place) for clip in clips[first:first + size]] for first in range(0, len(clips), size)]
-    return ViewDataset(folder, data, views, None), items
+    items = [ViewItem(clip.place) for clip in clips]
+    return (ViewDataset(folder, data, views, None),
+            [items[first:first + size] for first in range(0, len(items), size)])

@@ -228,7 +228,8 @@ def test_a_folder_behind_a_token(remote, demo_shards):
     server, address = remote
     folder = open_folders([address])
     assert ShardReader(folder).read(3, 0) == ShardReader(open_folders([str(demo_shards / "train")])).read(3, 0)
-    assert [path for path, _ in server.seen] == ["/demo/index.json?token=secret", "/demo/train-000003.tar?token=secret"]
+    assert [path for path, _ in server.seen] == [
+        f"/demo/{name}?token=secret" for name in ("index.json", "clips.parquet", "train-000003.tar")]
     server.faults += [403]
     with pytest.raises(AvtrainError, match="403") as caught:
         ShardReader(folder).read(4, 0)

@@ -10,7 +10,7 @@ from avtrain.config import DataConfig
 from avtrain.data.augment import SoundAugmentation
 from avtrain.data.loader import ClipDataset, batches
 from avtrain.data.shards import ShardReader, open_folders
-from avtrain.data.views import ViewDataset, ViewItem, Views, collate_rows, list_clips, start_frames
+from avtrain.data.views import ViewDataset, ViewItem, Views, collate_rows, start_frames
 
 DATA = DataConfig(segment_frames=32, crop=32, scale=(48, 64), workers=0)
 
@@ -48,7 +48,7 @@ def folder(ffmpeg, avprep, tmp_path_factory):
 
 
 def _clip(folder, name):
-    [found] = [clip for clip in list_clips(folder) if name in clip.key]
+    [found] = [clip for clip in folder.rows if name in clip.key]
     return found
 
 
@@ -57,12 +57,12 @@ def _rows(folder, clip, views, part=None, seed=None, epoch=0):
 
 
 def test_clips_are_listed_as_the_shards_have_them(folder):
-    everything = list_clips(folder)
+    everything = folder.rows
     long = [clip for clip in everything if "long" in clip.key]
     assert [clip.frames for clip in sorted(long, key=lambda clip: clip.key)] == [480, 480, 64]
     assert len({clip.video for clip in long}) == 1 and len({clip.video for clip in everything}) == 4
-    short = _clip(folder, "short")
-    assert short.has("visual") and short.has("both") and not short.has("audio")
+    short = everything.taken(["short" in name for name in everything.keys()])
+    assert len(short) == 1 and short.have("visual").all() and short.have("both").all() and not short.have("audio").any()
 
 
 @pytest.mark.parametrize("name", ["wide", "tall"])
