@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from avtrain.config import Config
+from avtrain.data.clips import ClipDataset
 from avtrain.data.handover import in_flight_bytes
-from avtrain.data.loader import ClipDataset, batches, readable
+from avtrain.data.loader import batches, readable
 from avtrain.data.order import at_epoch, batches_of, epoch_order
 from avtrain.data.shards import ShardFolder
 from avtrain.models.avbert import AVBert

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from avtrain.checkpoints.ours import save_model
 from avtrain.config import Config, config_from, config_to
-from avtrain.data.handover import check_room, in_flight_bytes
-from avtrain.data.loader import Batch, ClipDataset, UnreadableCount, batches
-from avtrain.data.order import ClipPlace, at_epoch, batches_of, epoch_order
+from avtrain.data.clips import ClipDataset
+from avtrain.data.handover import check_room
+from avtrain.data.loader import Batch, Epochs
+from avtrain.data.order import Wanted, at_epoch, batches_of, epoch_order
 from avtrain.data.shards import ShardFolder, open_folders
 from avtrain.engine import Run
 from avtrain.errors import AvtrainError
@@ -27,33 +28,16 @@ _CONFIG = "config.json"
 _START_CLIPS = 8  # that the projections' start values are taken from
 
 
-class EpochBatches:
-    """The batches of every epoch, from any place on."""
+def epochs_of(folder: ShardFolder, config: Config) -> Epochs:
+    """Every clip once an epoch, in the order that the seed gives."""
+    training, clips = config.training, folder.clips_of_shards
+    size = training.batch_size // training.accumulate
 
-    def __init__(self, folder: ShardFolder, config: Config) -> None:
-        self._config, self._dataset = config, ClipDataset(folder, config.data, config.training.seed)
-        self._clips = folder.clips_of_shards
-        self._size = config.training.batch_size // config.training.accumulate
-        self._unreadable = UnreadableCount(folder.clips)
+    def of_epoch(epoch: int) -> Iterator[list[Wanted]]:
+        return at_epoch(batches_of(epoch_order(clips, training.seed, epoch, config.data.shards_at_once), size), epoch)
 
-    def __len__(self) -> int:
-        return -(-sum(self._clips) // self._size)
-
-    def in_flight_bytes(self) -> int:
-        """Shared memory that the workers' batches can take."""
-        return in_flight_bytes(self._dataset.batch_bytes(next(self._places_from(0, 0))), self._config.data.workers)
-
-    def starting_at(self, epoch: int, batch: int) -> Iterator[Batch]:
-        """The batches from there on, over the epochs, without end."""
-        for one in batches(self._dataset, self._places_from(epoch, batch), self._config.data.workers):
-            self._unreadable.add(one.unreadable)
-            yield one
-
-    def _places_from(self, epoch: int, batch: int) -> Iterator[list[tuple[ClipPlace, int]]]:
-        while True:
-            order = epoch_order(self._clips, self._config.training.seed, epoch, self._config.data.shards_at_once)
-            yield from at_epoch(batches_of(order, self._size)[batch:], epoch)
-            epoch, batch = epoch + 1, 0
+    return Epochs(ClipDataset(folder, config.data, training.seed), of_epoch, -(-folder.clips // size), folder.clips,
+                  config.data.workers)
 
 
 def pretrain(config: Config, train: list[str], test: list[str], out: Path, runtime: Runtime, resume: bool = False,
@@ -76,7 +60,7 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     model = AVBert(config.model).to(runtime.device)
     objectives = Objectives(config.model, config.objectives).to(runtime.device)
     train_folder = open_folders(train, labelled=False)
-    supply = EpochBatches(train_folder, config)
+    supply = epochs_of(train_folder, config)
     held_out = HeldOut(open_folders(test, labelled=False), config, runtime) if test else None
     check_room(supply.in_flight_bytes() + (held_out.in_flight_bytes() if held_out else 0))
     run = Run(out, {"model": model, "objectives": objectives}, config.training, generator,
@@ -84,13 +68,13 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     if resume:
         run.resume()
     else:
-        first = next(supply.starting_at(0, 0)).tensors(runtime.device)
+        first = _tensors(next(supply.starting_at(0, 0)), runtime)
         model.standardize(*(tensor[:_START_CLIPS] for tensor in first))
         with written_whole(out / _CONFIG) as temporary:
             temporary.write_text(json.dumps(config_to(config), indent=1) + "\n", encoding="utf-8")
 
     def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        result = objectives(model, model.embed(*batch.tensors(runtime.device)), generator)
+        result = objectives(model, model.embed(*_tensors(batch, runtime)), generator)
         return result.loss, {name: float(value) for name, value in result.figures().items()}
 
     def evaluate() -> dict[str, float]:
@@ -100,6 +84,17 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     objectives.train()
     run.train(step, supply, runtime.autocast, evaluate, max_steps, max_time_s)
     return run
+
+
+def _tensors(batch: Batch, runtime: Runtime) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The batch on the device.
+
+    Raises:
+        AvtrainError: there is nothing in it.
+    """
+    if not batch.keys:
+        raise AvtrainError(f"not one clip of a batch could be decoded; the first: {batch.unreadable[0]}")
+    return batch.tensors(runtime.device)
 
 
 def _check_folder(out: Path, config: Config, resume: bool) -> None:

@@ -17,7 +17,7 @@ from avtrain.config import DataConfig
 from avtrain.data.loader import MOST_UNREADABLE
 from avtrain.data.manifest import ClipRows
 from avtrain.data.shards import ShardFolder, open_folders
-from avtrain.data.views import ViewDataset, Views
+from avtrain.data.views import Views
 from avtrain.errors import AvtrainError
 from avtrain.files import written_whole
 from avtrain.runtime import Runtime
@@ -212,9 +212,8 @@ def _probe(source: Start, trial: Trial, known: tuple[ShardFolder, ClipRows],
 def _rows_of(source: Start, folder: ShardFolder, clips: ClipRows, views: Views, cache: Path,
              runtime: Runtime) -> tuple[torch.Tensor, list[str], list[list[int]]]:
     """Features, keys and labels of the views of these clips; cached for each folder of shards by itself."""
-    parts = [
-        view_features(source.model, ViewDataset(open_folders([location]), source.data, views, None), runtime, cache)
-        for location in folder.locations]
+    parts = [view_features(source.model, open_folders([location]), source.data, views, runtime, cache)
+             for location in folder.locations]
     wanted = set(clips.keys())
     keys = [key for part in parts for key in part.keys]
     labels = [one for part in parts for one in part.labels]

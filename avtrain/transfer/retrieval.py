@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from avtrain.config import DataConfig
-from avtrain.data.loader import ClipDataset
+from avtrain.data.clips import ClipDataset
 from avtrain.data.shards import ShardFolder
 from avtrain.errors import AvtrainError
 from avtrain.files import written_whole
@@ -160,11 +160,11 @@ def draw_retrieval(found: Retrieval, folder: ShardFolder, data: DataConfig, outp
         shown = found.nearest(_SHOWN, from_sound)[query].tolist()
         for column, (clip, sound) in enumerate([(query, from_sound), *((one, not from_sound) for one in shown)]):
             item = dataset[places[found.keys[clip]], 0]
-            if isinstance(item, str):
-                raise AvtrainError(item)
+            if item.unreadable:
+                raise AvtrainError(item.unreadable[0])
             axis = axes[row, column]
             if sound:
-                heard = item.audio[item.audio_present, 0].transpose(0, 1).flatten(1).numpy()
+                heard = item.audio[item.audio_present][:, 0].transpose(0, 1).flatten(1).numpy()
                 axis.imshow(heard, origin="lower", aspect="auto", cmap="magma")
             else:
                 seen = item.visual[item.visual_present]

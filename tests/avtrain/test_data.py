@@ -18,8 +18,9 @@ from manifest_of import add_manifests
 
 from avtrain.config import DataConfig
 from avtrain.data.augment import View, another_recording, masked_log_mel, pixels
+from avtrain.data.clips import ClipDataset, check_spec
 from avtrain.data.decode import Planes, decode_frames
-from avtrain.data.loader import ClipDataset, UnreadableCount, batches, check_spec
+from avtrain.data.loader import UnreadableCount, batches
 from avtrain.data.order import at_epoch, batches_of, epoch_order, fixed_order
 from avtrain.data.shards import ShardReader, open_folders
 from avtrain.errors import AvtrainError
@@ -198,8 +199,8 @@ def test_sound_alone_starts_anywhere_in_training(mixed):
     assert 2 * 128 < stored.shape[1] < 3 * 128
     for epoch in range(20):
         clip = dataset[place, epoch]
-        assert clip.audio_present.tolist() == [True, True, *[False] * 13]
-        heard = torch.cat((clip.audio[0, 0], clip.audio[1, 0]), 1).numpy()
+        assert clip.audio_present.tolist() == [[True, True, *[False] * 13]]
+        heard = torch.cat((clip.audio[0, 0, 0], clip.audio[0, 1, 0]), 1).numpy()
         found = [start for start in range(stored.shape[1] - 255) if np.array_equal(heard, stored[:, start:start + 256])]
         assert found
         starts.update(found[:1])

@@ -14,7 +14,6 @@ from torch import nn
 from avtrain.checkpoints.ours import save_model
 from avtrain.config import read_config
 from avtrain.data.manifest import rows_of, schema
-from avtrain.data.views import collate_rows
 from avtrain.engine import Run
 from avtrain.models.avbert import AVBert
 from avtrain.transfer.splits import held_out
@@ -131,11 +130,6 @@ def test_other_shards_or_precision_are_no_resumption(tree, tmp_path):
         shutil.copytree(tree / "kinetics-sounds" / other, shards / "kinetics-sounds" / part, dirs_exist_ok=True)
     done = run_eval(shards, tmp_path / "run", "kinetics-sounds", *options, "--precision", "float32", "--resume")
     assert done.exit_code == 1 and "begun on other shards" in done.output
-
-
-def test_a_batch_of_which_nothing_can_be_decoded_is_empty():
-    batch = collate_rows(["a-0000: damaged"])
-    assert batch.keys == [] and batch.unreadable == ["a-0000: damaged"]
 
 
 @pytest.mark.parametrize(("task", "key", "group"), [
@@ -262,7 +256,8 @@ def test_a_damaged_shard_is_one_line_from_workers_too(tree, checkpoint, tmp_path
                       tmp_path / "f.parquet", "--cache", tmp_path / "cache", "--device", "cpu", "--set",
                       f"data.workers={workers}")
         [line] = [line for line in done.output.splitlines() if line.startswith("Error")]
-        assert done.exit_code == 1 and f"{shard} can't be read as a tar" in line and "Traceback" not in done.output
+        assert done.exit_code == 1 and f"{shard} has 30000 bytes, its index says" in line
+        assert "Traceback" not in done.output
 
 
 def test_embeddings_in_a_table(tree, checkpoint, tmp_path):
