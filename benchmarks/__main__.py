@@ -7,7 +7,7 @@ import sys
 
 from benchmarks import Row
 
-MODULES = ["prep", "data", "model"]
+MODULES = ["prep", "data", "manifest", "model"]
 
 
 def main(names: list[str]) -> int:

@@ -25,7 +25,7 @@ from avprep.build import BuildOptions, build_split
 from avprep.media import ffmpeg_path
 from avprep.spec import ClipSpec
 from avtrain.config import read_config
-from avtrain.data.loader import ClipDataset
+from avtrain.data.clips import ClipDataset
 from avtrain.data.order import fixed_order
 from avtrain.data.shards import ShardReader, open_folders
 from benchmarks import Row, interleaved_medians, share_of

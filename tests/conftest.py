@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from manifest_of import add_manifests
 
 from avprep.media import ffmpeg_path
 
@@ -68,4 +69,5 @@ def demo_shards(small_demo: Path, avprep: Callable[..., subprocess.CompletedProc
     out = tmp_path_factory.mktemp("shards")
     done = avprep("build", "--dataset", "demo", "--raw", small_demo, "--out", out, "--shard-mb", 1.5, "--split", "all")
     assert done.returncode == 0, done.stderr
+    add_manifests(out)
     return out / "demo"

@@ -45,11 +45,6 @@ def random_view(crop: int, scale: tuple[int, ...], random: Generator) -> View:
     return View(min(1.0, crop / short_side), random.uniform(), random.uniform(), bool(random.random() < 0.5))
 
 
-def centre_view(crop: int, scale: tuple[int, ...]) -> View:
-    """The view of evaluation: the lower end of `scale`, the centre."""
-    return View(min(1.0, crop / scale[0]), 0.5, 0.5, False)
-
-
 def pixels(planes: Planes, view: View, rgb: Tensor) -> None:
     """Crop and resize the planes, then convert: far fewer pixels to convert than in the whole frames.
 

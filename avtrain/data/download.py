@@ -82,20 +82,34 @@ def shown(address: str) -> str:
 
 
 def fetch_json(address: str) -> Any:
-    """The content of a JSON file.
+    """The content of a JSON file, the index.
 
     Raises:
         AvtrainError: it can't be had, or is no JSON.
     """
-    def attempt() -> Any:
+    return fetch(address, json.loads, "is not a readable index")
+
+
+def fetch(address: str, parse: Callable[[bytes], _Result], complaint: str) -> _Result:
+    """What `parse` makes of a file that is small enough to be held in memory.
+
+    Args:
+        address: where it is.
+        parse: raises ValueError where the content is damaged.
+        complaint: what is then said of it.
+
+    Raises:
+        AvtrainError: it can't be had, or not be parsed.
+    """
+    def attempt() -> _Result:
         with _opened(address) as response:
             text, lacking = b"".join(_blocks(response)), response.length
         if lacking:
             raise _Passing(f"ended {lacking} bytes too early")
         try:
-            return json.loads(text)
+            return parse(text)
         except ValueError as error:
-            raise _Damaged(f"is not a readable index ({error})") from error
+            raise _Damaged(f"{complaint} ({error})") from error
 
     return _patiently(address, attempt)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,12 @@ class ClipPlace(NamedTuple):
     position: int
 
 
-Place = TypeVar("Place")
+class Wanted(NamedTuple):
+    """A clip as an epoch shows it: in whole, or one of its evenly spaced views."""
+
+    place: ClipPlace
+    epoch: int
+    part: int | None = None
 
 
 def epoch_order(clips_of_shards: Sequence[int], seed: int, epoch: int, shards_at_once: int) -> list[ClipPlace]:
@@ -39,10 +44,10 @@ def fixed_order(clips_of_shards: Sequence[int]) -> list[ClipPlace]:
     return [ClipPlace(shard, position) for shard, clips in enumerate(clips_of_shards) for position in range(clips)]
 
 
-def at_epoch(batches: Iterable[Sequence[Place]], epoch: int) -> Iterator[list[tuple[Place, int]]]:
+def at_epoch(batches: Iterable[Sequence[ClipPlace]], epoch: int) -> Iterator[list[Wanted]]:
     """Every place with the epoch that it is seen in."""
     for batch in batches:
-        yield [(place, epoch) for place in batch]
+        yield [Wanted(place, epoch) for place in batch]
 
 
 def batches_of(order: Sequence[ClipPlace], batch_size: int, rank: int = 0, ranks: int = 1) -> list[list[ClipPlace]]:

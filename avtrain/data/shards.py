@@ -1,4 +1,4 @@
-"""Folders of shards as `avprep` wrote them: their index, checked, and random access to the clips (shards/README.md)."""
+"""Folders of shards as `avprep` wrote them: index and manifest, and random access to the clips (shards/README.md)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ import tarfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from avtrain.data.download import beside, download, fetch_json, index_address, is_remote, shown
+from avtrain.data.download import beside, download, fetch, fetch_json, index_address, is_remote, shown
+from avtrain.data.manifest import MANIFEST, TAR_BLOCK, ClipRows, Member, check, parsed, rows_of
+from avtrain.data.order import ClipPlace
 from avtrain.errors import AvtrainError
 
-FORMAT, FORMAT_VERSION = "avprep-shards", 1
-_REMEMBERED_SHARDS = 64
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORMAT, FORMAT_VERSION = "avprep-shards", 2
+_AGAIN = "build the split again with `avprep build`"
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class ShardFolder:
     """One or several indexes of the same spec, as one list of shards; without classes where labels are not used."""
 
     shards: tuple[Shard, ...]
+    rows: ClipRows
+    """What the manifests say of every clip, in the order of the shards."""
     spec: dict[str, Any]
     classes: tuple[str, ...]
     multi_label: bool
@@ -49,11 +56,16 @@ class ShardFolder:
     @property
     def clips(self) -> int:
         """All clips."""
-        return sum(shard.clips for shard in self.shards)
+        return len(self.rows)
+
+    @property
+    def clips_of_shards(self) -> list[int]:
+        """How many clips each shard has."""
+        return [shard.clips for shard in self.shards]
 
 
 def open_folders(locations: list[str], labelled: bool = True) -> ShardFolder:
-    """Read the indexes of folders of shards.
+    """Read the indexes and manifests of folders of shards.
 
     Args:
         locations: folders with an `index.json`, or http(s) addresses of such folders or of the index itself.
@@ -62,10 +74,11 @@ def open_folders(locations: list[str], labelled: bool = True) -> ShardFolder:
 
     Raises:
         AvtrainError: a folder without an index, of an unknown format, named twice, or not of the same spec and classes
-            as the first.
+            as the first; or a manifest is missing or does not go with its index.
     """
     first: dict[str, Any] | None = None
     shards: list[Shard] = []
+    tables: list[pa.Table] = []
     for location in locations:
         address, index = _read_index(location)
         first = first or index
@@ -73,7 +86,9 @@ def open_folders(locations: list[str], labelled: bool = True) -> ShardFolder:
             if index[what] != first[what]:
                 raise AvtrainError(f"{shown(address)}: its {what} differ from that of {shown(locations[0])}: "
                                    f"{_difference(index[what], first[what])}")
-        shards += _shards(address, index)
+        of_folder = _shards(address, index)
+        tables.append(_read_manifest(address, index, of_folder))
+        shards += of_folder
     named = ", ".join(map(shown, locations))
     if first is None or not shards:
         raise AvtrainError(f"no clips in {named or 'an empty list of folders'}")
@@ -81,7 +96,27 @@ def open_folders(locations: list[str], labelled: bool = True) -> ShardFolder:
         raise AvtrainError(f"the same shards twice in {named}: name each folder once")
     fingerprint = hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()[:16]
     classes = tuple(first["classes"]) if labelled else ()
-    return ShardFolder(tuple(shards), first["spec"], classes, first["multi_label"], fingerprint, tuple(locations))
+    rows = rows_of(tables, [shard.clips for shard in shards])
+    return ShardFolder(tuple(shards), rows, first["spec"], classes, first["multi_label"], fingerprint, tuple(locations))
+
+
+def _read_manifest(address: str, index: dict[str, Any], shards: list[Shard]) -> pa.Table:
+    """The manifest that lies beside the index, checked."""
+    location, clips = _beside(address, MANIFEST), sum(shard.clips for shard in shards)
+    complaint = "is not the manifest that goes with its index"
+    if is_remote(location):
+        table = fetch(location, lambda content: parsed(content, clips), complaint)
+    else:
+        try:
+            table = parsed(location, clips)
+        except FileNotFoundError as error:
+            raise AvtrainError(f"no {location}, which says where the clips of {address} lie: {_AGAIN}") from error
+        except (ValueError, OSError) as error:
+            raise AvtrainError(f"{location} {complaint} ({error}): {_AGAIN}") from error
+    listed = [(str(entry["url"]), shard.clips, shard.size)
+              for entry, shard in zip(index["shardlist"], shards, strict=True)]
+    check(shown(location), table, listed, len(index["classes"]))
+    return table
 
 
 def _shards(address: str, index: dict[str, Any]) -> list[Shard]:
@@ -122,8 +157,19 @@ def _read_index(location: str) -> tuple[str, dict[str, Any]]:
         raise AvtrainError(f"{where} is damaged: no {', '.join(lacking)}; build the split again with `avprep build`")
     if index["format_version"] != FORMAT_VERSION:
         raise AvtrainError(f"{where} has format version {index['format_version']}, this avtrain reads "
-                           f"{FORMAT_VERSION}: use the avtrain that goes with the avprep that wrote it")
+                           f"{FORMAT_VERSION}: {_way_out(address, index)}")
     return address, index
+
+
+def _way_out(address: str, index: dict[str, Any]) -> str:
+    """What to do about another version of the format."""
+    if index["format_version"] > FORMAT_VERSION:
+        return "use the avtrain that goes with the avprep that wrote it"
+    split = Path(address).parent
+    named = split.parts[-2:] == (index.get("dataset"), index.get("split")) and not is_remote(address)
+    out = f" --out {split.parent.parent}" if named else ""
+    command = f"avprep build --dataset {index.get('dataset')} --split {index.get('split')}{out}"
+    return f"build the split again, with the options of the first time: `{command}`"
 
 
 def _difference(one: Any, other: Any) -> str:
@@ -133,75 +179,58 @@ def _difference(one: Any, other: Any) -> str:
     return f"{len(one)} and {len(other)} entries" if len(one) != len(other) else "other names or another order"
 
 
-@dataclass(frozen=True)
-class Member:
-    """Where a file lies in a tar."""
-
-    offset: int
-    size: int
-
-
 class ShardReader:
-    """Reads clips by (shard number, position in the shard). Remembers where they lie in the shards used last."""
+    """Reads clips by their place. Remembers which shards are there, and as large as their index says."""
 
     def __init__(self, folder: ShardFolder) -> None:
         self._folder = folder
-        self._contents = lru_cache(maxsize=_REMEMBERED_SHARDS)(self._list_shard)
+        self._path = lru_cache(maxsize=None)(self._find)
 
     def read(self, shard: int, position: int, modality: str = "both") -> tuple[str, dict[str, bytes]]:
-        """The key of a clip and the bytes of its members by ending, without pictures or sound that are not wanted.
+        """The key of a clip, and its pictures and its sound by ending, as far as they are there and wanted.
 
         Args:
             modality: visual, audio or both.
 
         Raises:
-            AvtrainError: the shard is missing, or is not what its index says.
+            AvtrainError: the shard is missing, or is not what index and manifest say.
         """
-        path, clips = self._contents(shard)
-        key, members = clips[position]
+        path, place = self._path(shard), ClipPlace(shard, position)
+        key = self._folder.rows.at(place).key
         unwanted = {"visual": "logmel.npy", "audio": "mp4"}.get(modality)
         try:
             with path.open("rb") as file:
-                return key, {ending: os.pread(file.fileno(), member.size, member.offset)
-                             for ending, member in members.items() if ending != unwanted}
+                return key, {ending: _content(file.fileno(), path, f"{key}.{ending}", member)
+                             for ending, member in self._folder.rows.members(place).items() if ending != unwanted}
         except OSError as error:
-            raise _unreadable(path, error) from error
+            raise AvtrainError(f"{path} can't be read any more: {error.strerror or error}; was it moved or "
+                               "deleted?") from error
 
-    def read_info(self, shard: int, position: int) -> tuple[str, dict[str, Any]]:
-        """The key of a clip and the content of its `.json`, without its pictures and sound.
-
-        Raises:
-            AvtrainError: as `read`; or the clip has no such member.
-        """
-        path, clips = self._contents(shard)
-        key, members = clips[position]
-        try:
-            with path.open("rb") as file:
-                info = json.loads(os.pread(file.fileno(), members["json"].size, members["json"].offset))
-            return key, dict(info)
-        except OSError as error:
-            raise _unreadable(path, error) from error
-        except (KeyError, ValueError, TypeError) as error:
-            raise AvtrainError(f"{path}: {key} has no readable .json: run `avprep verify`") from error
-
-    def _list_shard(self, number: int) -> tuple[Path, list[tuple[str, dict[str, Member]]]]:
+    def _find(self, number: int) -> Path:
+        """The shard on this machine, fetched if it is not there."""
         shard = self._folder.shards[number]
-        path = download(shard.url, shard.size, shard.sha256) if is_remote(shard.url) else Path(shard.url)
+        if is_remote(shard.url):
+            return download(shard.url, shard.size, shard.sha256)
+        path = Path(shard.url)
         try:
-            with tarfile.open(path, "r:") as tar:
-                members = [(tarinfo.name, Member(tarinfo.offset_data, tarinfo.size)) for tarinfo in tar]
-        except (OSError, tarfile.TarError) as error:
-            raise AvtrainError(f"{path} can't be read as a tar: {error}") from error
-        clips: list[tuple[str, dict[str, Member]]] = []
-        for name, member in members:
-            key, _, ending = name.partition(".")
-            if not clips or clips[-1][0] != key:
-                clips.append((key, {}))
-            clips[-1][1][ending] = member
-        if len(clips) != shard.clips:
-            raise AvtrainError(f"{path} has {len(clips)} clips, its index says {shard.clips}: run `avprep verify`")
-        return path, clips
+            size = path.stat().st_size
+        except OSError as error:
+            raise AvtrainError(f"{path} can't be read: {error.strerror or error}; was it moved or deleted?") from error
+        if size != shard.size:
+            raise AvtrainError(f"{path} has {size} bytes, its index says {shard.size}: run `avprep verify`, or "
+                               f"{_AGAIN}")
+        return path
 
 
-def _unreadable(path: Path, error: OSError) -> AvtrainError:
-    return AvtrainError(f"{path} can't be read any more: {error.strerror or error}; was it moved or deleted?")
+def _content(file: int, path: Path, name: str, member: Member) -> bytes:
+    """A member's content, if the header before it has its name and size."""
+    both = os.pread(file, TAR_BLOCK + member.size, member.offset - TAR_BLOCK)
+    try:
+        header = tarfile.TarInfo.frombuf(both[:TAR_BLOCK], "utf-8", "surrogateescape")
+        fits = (header.name, header.size, len(both)) == (name, member.size, TAR_BLOCK + member.size)
+    except tarfile.HeaderError:
+        fits = False
+    if not fits:
+        raise AvtrainError(f"{path} does not go with its {MANIFEST}: {name} does not lie at byte {member.offset} with "
+                           f"{member.size} bytes: run `avprep verify`, or {_AGAIN}")
+    return both[TAR_BLOCK:]

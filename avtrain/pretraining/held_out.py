@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from avtrain.config import Config
+from avtrain.data.clips import ClipDataset
 from avtrain.data.handover import in_flight_bytes
-from avtrain.data.loader import ClipDataset, batches, readable
+from avtrain.data.loader import batches, readable
 from avtrain.data.order import at_epoch, batches_of, epoch_order
 from avtrain.data.shards import ShardFolder
 from avtrain.models.avbert import AVBert
@@ -32,7 +33,7 @@ class HeldOut:
     def __init__(self, folder: ShardFolder, config: Config, runtime: Runtime) -> None:
         self._dataset = ClipDataset(folder, config.data, None)
         self._workers, self._runtime, self._clips = config.data.workers, runtime, folder.clips
-        order = epoch_order([shard.clips for shard in folder.shards], _SEED, 0, len(folder.shards))
+        order = epoch_order(folder.clips_of_shards, _SEED, 0, len(folder.shards))
         self._places = batches_of(order, config.training.batch_size // config.training.accumulate)
 
     def in_flight_bytes(self) -> int:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from avtrain.checkpoints.ours import save_model
 from avtrain.config import Config, config_from, config_to
-from avtrain.data.handover import check_room, in_flight_bytes
-from avtrain.data.loader import Batch, ClipDataset, UnreadableCount, batches
-from avtrain.data.order import ClipPlace, at_epoch, batches_of, epoch_order
+from avtrain.data.clips import ClipDataset
+from avtrain.data.handover import check_room
+from avtrain.data.loader import Batch, Epochs
+from avtrain.data.order import Wanted, at_epoch, batches_of, epoch_order
 from avtrain.data.shards import ShardFolder, open_folders
 from avtrain.engine import Run, last_step
 from avtrain.errors import AvtrainError
@@ -28,33 +29,16 @@ _INPUTS = "inputs.json"
 _START_CLIPS = 8  # that the projections' start values are taken from
 
 
-class EpochBatches:
-    """The batches of every epoch, from any place on."""
+def epochs_of(folder: ShardFolder, config: Config) -> Epochs:
+    """Every clip once an epoch, in the order that the seed gives."""
+    training, clips = config.training, folder.clips_of_shards
+    size = training.batch_size // training.accumulate
 
-    def __init__(self, folder: ShardFolder, config: Config) -> None:
-        self._config, self._dataset = config, ClipDataset(folder, config.data, config.training.seed)
-        self._clips = [shard.clips for shard in folder.shards]
-        self._size = config.training.batch_size // config.training.accumulate
-        self._unreadable = UnreadableCount(folder.clips)
+    def of_epoch(epoch: int) -> Iterator[list[Wanted]]:
+        return at_epoch(batches_of(epoch_order(clips, training.seed, epoch, config.data.shards_at_once), size), epoch)
 
-    def __len__(self) -> int:
-        return -(-sum(self._clips) // self._size)
-
-    def in_flight_bytes(self) -> int:
-        """Shared memory that the workers' batches can take."""
-        return in_flight_bytes(self._dataset.batch_bytes(next(self._places_from(0, 0))), self._config.data.workers)
-
-    def starting_at(self, epoch: int, batch: int) -> Iterator[Batch]:
-        """The batches from there on, over the epochs, without end."""
-        for one in batches(self._dataset, self._places_from(epoch, batch), self._config.data.workers):
-            self._unreadable.add(one.unreadable)
-            yield one
-
-    def _places_from(self, epoch: int, batch: int) -> Iterator[list[tuple[ClipPlace, int]]]:
-        while True:
-            order = epoch_order(self._clips, self._config.training.seed, epoch, self._config.data.shards_at_once)
-            yield from at_epoch(batches_of(order, self._size)[batch:], epoch)
-            epoch, batch = epoch + 1, 0
+    return Epochs(ClipDataset(folder, config.data, training.seed), of_epoch, -(-folder.clips // size), folder.clips,
+                  config.data.workers)
 
 
 class Pretrained(NamedTuple):
@@ -102,20 +86,20 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     generator = seed_everything(config.training.seed)
     model = AVBert(config.model).to(runtime.device)
     objectives = Objectives(config.model, config.objectives).to(runtime.device)
-    supply = EpochBatches(train_folder, config)
+    supply = epochs_of(train_folder, config)
     held_out = HeldOut(test_folder, config, runtime) if test_folder else None
     check_room(supply.in_flight_bytes() + (held_out.in_flight_bytes() if held_out else 0))
     modules: dict[str, nn.Module] = {"model": model, "objectives": objectives}
     run = Run(folder, modules, pretraining_optimizer(modules, config.training), config.training, generator,
               lambda to: save_model(to / "model.safetensors", model, config))
     if not run.go_on():
-        first = next(supply.starting_at(0, 0)).tensors(runtime.device)
+        first = _tensors(next(supply.starting_at(0, 0)), runtime)
         model.standardize(*(tensor[:_START_CLIPS] for tensor in first))
         write_settings(out / _INPUTS, inputs)
         write_settings(out / CONFIG, config_to(config))
 
     def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        result = objectives(model, model.embed(*batch.tensors(runtime.device)), generator)
+        result = objectives(model, model.embed(*_tensors(batch, runtime)), generator)
         return result.loss, {name: float(value) for name, value in result.figures().items()}
 
     def evaluate() -> dict[str, float]:
@@ -125,6 +109,17 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     objectives.train()
     run.train(step, supply, runtime.autocast, evaluate, max_steps, max_time_s)
     return Pretrained(folder, run.position.step, run.position.step - begun, run.bad_steps)
+
+
+def _tensors(batch: Batch, runtime: Runtime) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The batch on the device.
+
+    Raises:
+        AvtrainError: there is nothing in it.
+    """
+    if not batch.keys:
+        raise AvtrainError(f"not one clip of a batch could be decoded; the first: {batch.unreadable[0]}")
+    return batch.tensors(runtime.device)
 
 
 def _check_same(folder: RunFolder, config: Config, inputs: dict[str, str | None]) -> None:

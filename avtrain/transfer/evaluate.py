@@ -14,8 +14,9 @@ import torch
 from avtrain import __version__
 from avtrain.config import DataConfig
 from avtrain.data.loader import MOST_UNREADABLE
+from avtrain.data.manifest import ClipRows
 from avtrain.data.shards import ShardFolder, open_folders
-from avtrain.data.views import ListedClip, ViewDataset, Views
+from avtrain.data.views import Views
 from avtrain.errors import AvtrainError
 from avtrain.run_folder import RunFolder, check_settings, delete, read_settings, write_settings
 from avtrain.runtime import Runtime
@@ -191,8 +192,8 @@ def _check_fit(folder: ShardFolder, source: Start, trial: Trial) -> None:
         raise AvtrainError(f"transfer.train_views, transfer.test_views: the model has positions for {longest} segments")
 
 
-def _probe(source: Start, trial: Trial, known: tuple[ShardFolder, list[ListedClip]],
-           asked: list[tuple[ShardFolder, list[ListedClip]]], cache: Path, runtime: Runtime) -> list[Predictions]:
+def _probe(source: Start, trial: Trial, known: tuple[ShardFolder, ClipRows],
+           asked: list[tuple[ShardFolder, ClipRows]], cache: Path, runtime: Runtime) -> list[Predictions]:
     """Linear or nearest neighbours, on cached features: learned from the clips that are known, for each that are
     asked."""
     protocol, classes = trial.protocol, len(known[0].classes)
@@ -223,13 +224,12 @@ def _probe(source: Start, trial: Trial, known: tuple[ShardFolder, list[ListedCli
     return found
 
 
-def _rows_of(source: Start, folder: ShardFolder, clips: list[ListedClip], views: Views, cache: Path,
+def _rows_of(source: Start, folder: ShardFolder, clips: ClipRows, views: Views, cache: Path,
              runtime: Runtime) -> tuple[torch.Tensor, list[str], list[list[int]]]:
     """Features, keys and labels of the views of these clips; cached for each folder of shards by itself."""
-    parts = [
-        view_features(source.model, ViewDataset(open_folders([location]), source.data, views, None), runtime, cache)
-        for location in folder.locations]
-    wanted = {clip.key for clip in clips}
+    parts = [view_features(source.model, open_folders([location]), source.data, views, runtime, cache)
+             for location in folder.locations]
+    wanted = set(clips.keys())
     keys = [key for part in parts for key in part.keys]
     labels = [one for part in parts for one in part.labels]
     rows = [row for row, key in enumerate(keys) if key in wanted]

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from avtrain.config import DataConfig
-from avtrain.data.loader import Batch, ClipDataset, batches, readable
+from avtrain.data.clips import ClipDataset
+from avtrain.data.loader import Batch, batches, readable
 from avtrain.data.order import at_epoch, batches_of, fixed_order
 from avtrain.data.shards import ShardFolder
-from avtrain.data.views import ViewDataset, ViewItem, collate_rows
+from avtrain.data.views import Views
 from avtrain.errors import AvtrainError
 from avtrain.files import written_whole
 from avtrain.models.avbert import AVBert
@@ -101,19 +102,20 @@ def frozen_features(model: AVBert, folder: ShardFolder, config: DataConfig, runt
         return {"visual_present": batch.visual_present, "audio_present": batch.audio_present, **found._asdict()}
 
     def compute() -> Features:
-        places = batches_of(fixed_order([shard.clips for shard in folder.shards]), _CLIPS_AT_ONCE)
+        places = batches_of(fixed_order(folder.clips_of_shards), _CLIPS_AT_ONCE)
         supply = batches(ClipDataset(folder, config, None), at_epoch(places, 0), config.workers)
         return Features(**_extract(model, outputs, supply, len(places), runtime, folder.clips))
 
     return _cached(Features, compute, cache, _key(model, folder, runtime, view))
 
 
-def view_features(model: AVBert, dataset: ViewDataset, runtime: Runtime, cache: Path | None = None) -> ViewFeatures:
+def view_features(model: AVBert, folder: ShardFolder, config: DataConfig, views: Views, runtime: Runtime,
+                  cache: Path | None = None) -> ViewFeatures:
     """The CNNs' features of all clips in evenly spaced views.
 
     Args:
-        model, runtime, cache: as for `frozen_features`.
-        dataset: with fixed views.
+        model, folder, config, runtime, cache: as for `frozen_features`.
+        views: which.
 
     Returns:
         Features; a modality that is left out has no channels.
@@ -121,22 +123,19 @@ def view_features(model: AVBert, dataset: ViewDataset, runtime: Runtime, cache: 
     Raises:
         AvtrainError: as `frozen_features`.
     """
-    folder, config, views = dataset.folder, dataset.config, dataset.views
-
     def outputs(batch: Batch) -> dict[str, Tensor | None]:
         local, visual_present, audio_present = model.embed(*batch.tensors(runtime.device))
         seen, heard = _means(local.visual_pooled, visual_present), _means(local.audio_pooled, audio_present)
         return {"pooled": torch.cat({"visual": [seen], "audio": [heard]}.get(views.modality, [seen, heard]), 1)}
 
     def compute() -> ViewFeatures:
-        places = batches_of(fixed_order([shard.clips for shard in folder.shards]),
+        places = batches_of(fixed_order(folder.clips_of_shards),
                             max(1, _SEGMENTS_AT_ONCE // (views.clips * views.crops)))
-        supply = batches(dataset, ([(ViewItem(place), 0) for place in batch] for batch in places), config.workers,
-                         collate_rows)
+        supply = batches(ClipDataset(folder, config, None, views), at_epoch(places, 0), config.workers)
         return ViewFeatures(**_extract(model, outputs, supply, len(places), runtime, folder.clips))
 
     view = [config.segment_frames, config.crop, config.scale[0], dataclasses.asdict(views)]
-    return _cached(ViewFeatures, compute, cache, _key(model, dataset.folder, runtime, view))
+    return _cached(ViewFeatures, compute, cache, _key(model, folder, runtime, view))
 
 
 def _means(pooled: Tensor, present: Tensor) -> Tensor:

@@ -17,11 +17,13 @@ from tqdm import tqdm
 from avtrain.checkpoints.ours import parts_of, save_model
 from avtrain.config import Config, DataConfig, TrainingConfig
 from avtrain.data.augment import SoundAugmentation
+from avtrain.data.clips import ClipDataset
 from avtrain.data.handover import check_room, in_flight_bytes
-from avtrain.data.loader import Batch, UnreadableCount, batches, readable
-from avtrain.data.order import at_epoch
+from avtrain.data.loader import Batch, Epochs, batches, readable
+from avtrain.data.manifest import ClipRows
+from avtrain.data.order import ClipPlace, Wanted
 from avtrain.data.shards import ShardFolder
-from avtrain.data.views import ListedClip, ViewDataset, ViewItem, Views, collate_rows
+from avtrain.data.views import Views
 from avtrain.engine import Run
 from avtrain.files import written_whole
 from avtrain.models.avbert import AVBert
@@ -83,33 +85,18 @@ class Classifier(nn.Module):
         return cnns.get(self._modality, [self.model.visual_cnn, self.model.audio_cnn]), [self.clip_head]
 
 
-class _Epochs:
+def _epochs(dataset: ClipDataset, items: Sequence[tuple[ClipPlace, int | None]], size: int, seed: int) -> Epochs:
     """Every item once an epoch, shuffled; a last batch that is not full is left out, for BatchNorm's sake."""
+    size = min(size, len(items))
+    count = len(items) // size
 
-    def __init__(self, dataset: ViewDataset, items: Sequence[ViewItem], size: int, seed: int) -> None:
-        self._dataset, self._items, self._size, self._seed = dataset, items, min(size, len(items)), seed
-        self._unreadable = UnreadableCount(dataset.folder.clips)
+    def of_epoch(epoch: int) -> Iterator[list[Wanted]]:
+        order = np.random.default_rng([seed, epoch]).permutation(len(items))
+        for first in range(0, count * size, size):
+            chosen = (items[index] for index in order[first:first + size])
+            yield [Wanted(place, epoch, part) for place, part in chosen]
 
-    def __len__(self) -> int:
-        return len(self._items) // self._size
-
-    def in_flight_bytes(self) -> int:
-        """Shared memory that the workers' batches can take."""
-        return in_flight_bytes(self._dataset.batch_bytes(next(self._items_from(0, 0))), self._dataset.config.workers)
-
-    def starting_at(self, epoch: int, batch: int) -> Iterator[Batch]:
-        """The batches from there on, over the epochs, without end."""
-        items = self._items_from(epoch, batch)
-        for one in batches(self._dataset, items, self._dataset.config.workers, collate_rows):
-            self._unreadable.add(one.unreadable)
-            yield one
-
-    def _items_from(self, epoch: int, batch: int) -> Iterator[list[tuple[ViewItem, int]]]:
-        while True:
-            order = np.random.default_rng([self._seed, epoch]).permutation(len(self._items))
-            for first in range(batch * self._size, len(self) * self._size, self._size):
-                yield [(self._items[index], epoch) for index in order[first:first + self._size]]
-            epoch, batch = epoch + 1, 0
+    return Epochs(dataset, of_epoch, count, dataset.folder.clips, dataset.config.workers)
 
 
 def fixed_views(protocol: Protocol, modality: str) -> Views:
@@ -118,8 +105,8 @@ def fixed_views(protocol: Protocol, modality: str) -> Views:
     return Views(modality, protocol.test_views, crops, protocol.test_whole, protocol.sequence)
 
 
-def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: list[ListedClip],
-             validation: list[ListedClip], data: DataConfig, protocol: Protocol, modality: str, out: Path,
+def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: ClipRows,
+             validation: ClipRows, data: DataConfig, protocol: Protocol, modality: str, out: Path,
              runtime: Runtime, seed: int) -> Classifier:
     """Train a model and new heads, or go on with the run in `out` from its last checkpoint; the last epoch counts.
 
@@ -148,9 +135,8 @@ def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: l
     views = Views(modality, protocol.train_views, sequence=protocol.sequence, random_start=protocol.random_start,
                   sound=sound)
     whole = protocol.sequence or protocol.random_start
-    items = [ViewItem(clip.place, part) for clip in train
-             for part in ([None] if whole else range(protocol.train_views))]
-    epochs = _Epochs(ViewDataset(folder, data, views, seed), items, protocol.batch_size // protocol.accumulate, seed)
+    items = [(clip.place, part) for clip in train for part in ([None] if whole else range(protocol.train_views))]
+    epochs = _epochs(ClipDataset(folder, data, seed, views), items, protocol.batch_size // protocol.accumulate, seed)
     steps_an_epoch = max(1, len(epochs) // protocol.accumulate)
     training = TrainingConfig(
         batch_size=protocol.batch_size, accumulate=protocol.accumulate, steps=protocol.epochs * steps_an_epoch,
@@ -167,7 +153,7 @@ def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: l
 
     if validation:  # its batches are made beside those of training
         dataset, tests = _test_views(folder, validation, data, protocol, modality)
-        looked_at = dataset.batch_bytes([(item, 0) for item in tests[0]])
+        looked_at = dataset.batch_bytes(tests[0])
         check_room(epochs.in_flight_bytes() + in_flight_bytes(looked_at, data.workers))
     run = Run(RunFolder(out), {"classifier": classifier}, _optimizer(classifier, protocol), training, generator,
               save_weights)
@@ -230,13 +216,13 @@ def probabilities(logits: Tensor, protocol: Protocol) -> Tensor:
 
 
 @torch.no_grad()
-def predict(classifier: Classifier, folder: ShardFolder, clips: list[ListedClip], data: DataConfig,
+def predict(classifier: Classifier, folder: ShardFolder, clips: ClipRows, data: DataConfig,
             protocol: Protocol, modality: str, runtime: Runtime) -> Predictions:
     """Outputs of all views, crops, segments and heads of a video, averaged. Leaves the classifier in eval mode."""
     classifier.eval()
     sums = ScoreSums(clips, len(folder.classes))
     dataset, items = _test_views(folder, clips, data, protocol, modality)
-    supply = batches(dataset, at_epoch(items, 0), data.workers, collate_rows)
+    supply = batches(dataset, items, data.workers)
     bar = tqdm(supply, "test", len(items), unit="batch", leave=False, **bar_options())
     for batch in readable(bar, folder.clips):
         with runtime.autocast():
@@ -247,10 +233,11 @@ def predict(classifier: Classifier, folder: ShardFolder, clips: list[ListedClip]
     return sums.predictions()
 
 
-def _test_views(folder: ShardFolder, clips: list[ListedClip], data: DataConfig, protocol: Protocol,
-                modality: str) -> tuple[ViewDataset, list[list[ViewItem]]]:
+def _test_views(folder: ShardFolder, clips: ClipRows, data: DataConfig, protocol: Protocol,
+                modality: str) -> tuple[ClipDataset, list[list[Wanted]]]:
     """The test's views of these clips, and its batches."""
     views = fixed_views(protocol, modality)
     size = max(1, _TEST_SEGMENTS[modality] // (views.clips * views.crops))
-    items = [[ViewItem(clip.place) for clip in clips[first:first + size]] for first in range(0, len(clips), size)]
-    return ViewDataset(folder, data, views, None), items
+    items = [Wanted(clip.place, 0) for clip in clips]
+    return (ClipDataset(folder, data, None, views),
+            [items[first:first + size] for first in range(0, len(items), size)])

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from avtrain.data.views import ListedClip, video_of
+from avtrain.data.manifest import ClipRow, video_of
 from avtrain.transfer.metrics import Floats, bootstrap_map, bootstrap_means, interval, mean_average_precision, top_k
 
 
@@ -49,7 +49,7 @@ class ScoreSums:
         classes: how many.
     """
 
-    def __init__(self, clips: Iterable[ListedClip], classes: int) -> None:
+    def __init__(self, clips: Iterable[ClipRow], classes: int) -> None:
         self._labels: dict[str, set[int]] = {}
         self._lengths_s: dict[str, float] = {}
         for clip in clips:

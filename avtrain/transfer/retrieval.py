@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from avtrain.config import DataConfig
-from avtrain.data.loader import ClipDataset
-from avtrain.data.shards import ShardFolder, ShardReader
-from avtrain.data.views import list_clips
+from avtrain.data.clips import ClipDataset
+from avtrain.data.shards import ShardFolder
 from avtrain.errors import AvtrainError
 from avtrain.files import written_whole
 from avtrain.models.avbert import AVBert
@@ -43,9 +42,7 @@ def write_embeddings(model: AVBert, folder: ShardFolder, data: DataConfig, runti
     import pyarrow.parquet as pq
 
     features = frozen_features(model, folder, data, runtime, cache)
-    reader = ShardReader(folder)
-    infos = dict(reader.read_info(number, position) for number, shard in enumerate(folder.shards)
-                 for position in range(shard.clips))
+    starts_s = {row.key: row.start_s for row in folder.rows}
     segment_s = folder.spec["segment_frames"] / folder.spec["fps"]
     here = {"visual": features.visual_present, "audio": features.audio_present}
     local = {"visual": features.visual_local.numpy(), "audio": features.audio_local.numpy()}
@@ -54,7 +51,7 @@ def write_embeddings(model: AVBert, folder: ShardFolder, data: DataConfig, runti
     for row, segment in (here["visual"] | here["audio"]).nonzero().tolist():
         columns["key"].append(features.keys[row])
         columns["labels"].append(features.labels[row])
-        columns["time_s"].append(infos[features.keys[row]]["start_s"] + segment * segment_s)
+        columns["time_s"].append(starts_s[features.keys[row]] + segment * segment_s)
         for name, present in here.items():
             columns[name].append(local[name][row, segment] if present[row, segment] else None)
         columns["multimodal"].append(multimodal[row, segment] if multimodal is not None else None)
@@ -151,7 +148,7 @@ def draw_retrieval(found: Retrieval, folder: ShardFolder, data: DataConfig, outp
     """
     from matplotlib.figure import Figure
 
-    places = {clip.key: clip.place for clip in list_clips(folder)}
+    places = {row.key: row.place for row in folder.rows}
     dataset = ClipDataset(folder, data, None)
     queries = sorted(set(np.linspace(0, len(found.keys) - 1, min(_QUERIES, len(found.keys))).round().astype(int)))
     figure = Figure(figsize=(2 * (_SHOWN + 1), 3.6 * len(queries)))
@@ -163,11 +160,11 @@ def draw_retrieval(found: Retrieval, folder: ShardFolder, data: DataConfig, outp
         shown = found.nearest(_SHOWN, from_sound)[query].tolist()
         for column, (clip, sound) in enumerate([(query, from_sound), *((one, not from_sound) for one in shown)]):
             item = dataset[places[found.keys[clip]], 0]
-            if isinstance(item, str):
-                raise AvtrainError(item)
+            if item.unreadable:
+                raise AvtrainError(item.unreadable[0])
             axis = axes[row, column]
             if sound:
-                heard = item.audio[item.audio_present, 0].transpose(0, 1).flatten(1).numpy()
+                heard = item.audio[item.audio_present][:, 0].transpose(0, 1).flatten(1).numpy()
                 axis.imshow(heard, origin="lower", aspect="auto", cmap="magma")
             else:
                 seen = item.visual[item.visual_present]

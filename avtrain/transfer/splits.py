@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from avtrain.data.manifest import ClipRows, video_of
 from avtrain.data.shards import ShardFolder
-from avtrain.data.views import ListedClip, list_clips
 from avtrain.errors import AvtrainError
 from avtrain.transfer.tasks import TASKS
 
@@ -45,7 +45,7 @@ def splits_of(name: str, wanted: str, root: Path) -> list[str]:
     return splits
 
 
-def usable_clips(folder: ShardFolder, modality: str, part: str) -> list[ListedClip]:
+def usable_clips(folder: ShardFolder, modality: str, part: str) -> ClipRows:
     """The clips with a label. Of the training part those with the modality too; of the test part, others count as
     they are answered: from nothing.
 
@@ -58,18 +58,18 @@ def usable_clips(folder: ShardFolder, modality: str, part: str) -> list[ListedCl
         AvtrainError: there is not one with a label, or with the modality.
     """
     where = ", ".join(folder.locations)
-    clips = [clip for clip in list_clips(folder) if clip.labels or folder.multi_label]
-    if not any(clip.labels for clip in clips):
+    labelled = folder.rows.have_label()
+    if not labelled.any():
         raise AvtrainError(f"{where}: not one {part} clip has a label")
-    perceived = [clip for clip in clips if clip.has(modality)]
+    clips = folder.rows if folder.multi_label else folder.rows.taken(labelled)
+    perceived = clips.taken(clips.have(modality))
     if not perceived:
         what = "sound" if modality == "audio" else "picture"
         raise AvtrainError(f"{where}: not one {part} clip has {what}, which --modality {modality} needs")
     return perceived if part == "training" else clips
 
 
-def held_out(clips: list[ListedClip], share: float, group: str,
-             seed: int) -> tuple[list[ListedClip], list[ListedClip]]:
+def held_out(clips: ClipRows, share: float, group: str, seed: int) -> tuple[ClipRows, ClipRows]:
     """(to learn from, to validate on); no group is in both.
 
     Args:
@@ -82,11 +82,11 @@ def held_out(clips: list[ListedClip], share: float, group: str,
         AvtrainError: one of the parts would be empty.
     """
     if not share:
-        return clips, []
-    groups: dict[str, list[ListedClip]] = {}
-    for clip in clips:
-        match = re.match(group, clip.key) if group else None
-        groups.setdefault(match.group() if match else clip.video, []).append(clip)
+        return clips, clips[:0]
+    groups: dict[str, list[int]] = {}
+    for number, key in enumerate(clips.keys()):
+        match = re.match(group, key) if group else None
+        groups.setdefault(match.group() if match else video_of(key), []).append(number)
     names = sorted(groups)
     chosen: set[str] = set()
     held = 0
@@ -95,9 +95,9 @@ def held_out(clips: list[ListedClip], share: float, group: str,
             break
         chosen.add(names[index])
         held += len(groups[names[index]])
-    parts = ([clip for name in names if (name in chosen) == wanted for clip in groups[name]]
+    parts = ([number for name in names if (name in chosen) == wanted for number in groups[name]]
              for wanted in (False, True))
     learned, validation = parts
     if not learned or not validation:
         raise AvtrainError(f"--validation {share}: {len(names)} groups of clips are too few to hold one out")
-    return learned, validation
+    return clips.taken(learned), clips.taken(validation)

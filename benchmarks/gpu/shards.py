@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from avtrain.data.manifest import MANIFEST, TAR_BLOCK, schema
+from avtrain.data.shards import FORMAT, FORMAT_VERSION
 from benchmarks.gpu.device import synchronize
 from benchmarks.gpu.report import Figures, Report
 from benchmarks.gpu.steps import Bench, Setting
@@ -34,8 +36,9 @@ SPEC = {"fps": FPS, "frames": 480, "segment_frames": SEGMENT, "short_side": HEIG
 
 def run(report: Report, bench: Bench, setting: Setting, folder: Path, clips: int) -> None:
     """All rows of this part."""
-    if find_spec("av") is None:
-        report.add("clips from shards", {"passed_over": "no package av: bring its wheel along"})
+    lacking = [name for name in ("av", "pyarrow") if find_spec(name) is None]
+    if lacking:
+        report.add("clips from shards", {"passed_over": f"no package {', '.join(lacking)}: bring its wheel along"})
         return
     frames = SEGMENT * bench.config.data.segments
     if report.measure(f"{clips} clips are made", lambda: made(folder, clips, frames), 10) is None:
@@ -50,8 +53,11 @@ def run(report: Report, bench: Bench, setting: Setting, folder: Path, clips: int
 
 def made(folder: Path, clips: int, frames: int) -> Figures:
     """Shards as avprep writes them, encoded on all cores."""
+    import pyarrow as pa  # these may be missing
+    import pyarrow.parquet as pq
+
     cores, context = len(os.sched_getaffinity(0)), get_context("spawn")
-    began, sizes, listed = time.monotonic(), 0, []
+    began, rows, listed = time.monotonic(), list[dict[str, Any]](), []
     with ProcessPoolExecutor(cores, mp_context=context) as pool:
         videos = pool.map(drawn_video, range(clips), [frames] * clips)
         for number in range(-(-clips // _CLIPS_A_SHARD)):
@@ -59,28 +65,36 @@ def made(folder: Path, clips: int, frames: int) -> Figures:
             count = min(_CLIPS_A_SHARD, clips - number * _CLIPS_A_SHARD)
             with tarfile.open(path, "w") as tar:
                 for index in range(count):
-                    sizes += _add_clip(tar, number * _CLIPS_A_SHARD + index, next(videos), frames)
+                    rows.append(_add_clip(tar, number * _CLIPS_A_SHARD + index, next(videos), frames))
+                    rows[-1]["shard"] = path.name
             content = path.read_bytes()
             listed.append({"url": path.name, "nsamples": count, "filesize": len(content),
                            "sha256": hashlib.sha256(content).hexdigest()})
-    index = {"format": "avprep-shards", "format_version": 1, "dataset": "drawn", "split": "train", "classes": ["drawn"],
-             "multi_label": False, "spec": SPEC, "shardlist": listed}
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema()), folder / MANIFEST)
+    index = {"format": FORMAT, "format_version": FORMAT_VERSION, "dataset": "drawn", "split": "train",
+             "classes": ["drawn"], "multi_label": False, "spec": SPEC, "shardlist": listed}
     (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
+    sizes = sum(row["mp4_size"] for row in rows)
     return {"kb_a_clip": sizes / clips / 1000, "seconds": time.monotonic() - began, "cores": cores}
 
 
-def _add_clip(tar: tarfile.TarFile, number: int, mp4: bytes, frames: int) -> int:
+def _add_clip(tar: tarfile.TarFile, number: int, mp4: bytes, frames: int) -> dict[str, Any]:
+    """Returns its row of the manifest."""
     random, log_mel = np.random.default_rng(number), io.BytesIO()
     mel_frames = frames // SEGMENT * 128
     np.save(log_mel, random.normal(-3, 3, (80, mel_frames)).astype(np.float16))
     key = f"clip-{number:06d}"
-    info = {"key": key, "labels": [0], "frames": frames, "width": WIDTH, "height": HEIGHT, "mel_frames": mel_frames,
-            "missing": []}
+    info = {"key": key, "source": key, "labels": [0], "start_s": 0.0, "end_s": frames / FPS, "frames": frames,
+            "width": WIDTH, "height": HEIGHT, "sound_s": frames / FPS, "mel_frames": mel_frames, "missing": [],
+            "marks": []}
+    row: dict[str, Any] = dict(info)
     for ending, content in (("mp4", mp4), ("logmel.npy", log_mel.getvalue()), ("json", json.dumps(info).encode())):
         member = tarfile.TarInfo(f"{key}.{ending}")
         member.size = len(content)
+        column = ending.partition(".")[0]
+        row |= {f"{column}_offset": tar.offset + TAR_BLOCK, f"{column}_size": len(content)}
         tar.addfile(member, io.BytesIO(content))
-    return len(mp4)
+    return row
 
 
 def drawn_video(number: int, frames: int) -> bytes:
@@ -121,11 +135,11 @@ def drawn_video(number: int, frames: int) -> bytes:
 def trained(bench: Bench, setting: Setting, folder: Path, workers: int, beside: bool) -> Figures:
     """Some seconds of training from the shards; the first batches, which fill the queues, don't count."""
     from avtrain.data.shards import open_folders  # these read media files through packages that may be missing
-    from avtrain.pretraining.pretrain import EpochBatches
+    from avtrain.pretraining.pretrain import epochs_of
 
     config = replace(bench.config, data=replace(bench.config.data, workers=workers),
                      training=replace(bench.config.training, batch_size=setting.clips, accumulate=1))
-    supply = EpochBatches(open_folders([str(folder)], labelled=False), config).starting_at(0, 0)
+    supply = epochs_of(open_folders([str(folder)], labelled=False), config).starting_at(0, 0)
     batches = _beside(supply, bench.device) if beside else (one.tensors(bench.device) for one in supply)
     with bench.running(setting) as step:
         for _ in range(2):

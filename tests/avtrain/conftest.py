@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from manifest_of import add_manifests
 from redrawn import drawn
 from small_eval import NETWORK, build, put
 from torch import Tensor
@@ -25,6 +26,19 @@ def shared() -> Path:
     if not (SHARED / "reference").is_dir():
         pytest.skip(f"no reference data in {SHARED}; set AV_SHARED to the folder that holds reference/")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def avprep(avprep):
+    """The same command; what `build` has written under --out gets its manifests."""
+
+    def run(*arguments, **options):
+        done = avprep(*arguments, **options)
+        if arguments[0] == "build" and done.returncode == 0:
+            add_manifests(Path(arguments[arguments.index("--out") + 1]))
+        return done
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -228,11 +228,26 @@ def test_a_folder_behind_a_token(remote, demo_shards):
     server, address = remote
     folder = open_folders([address])
     assert ShardReader(folder).read(3, 0) == ShardReader(open_folders([str(demo_shards / "train")])).read(3, 0)
-    assert [path for path, _ in server.seen] == ["/demo/index.json?token=secret", "/demo/train-000003.tar?token=secret"]
+    assert [path for path, _ in server.seen] == [
+        f"/demo/{name}?token=secret" for name in ("index.json", "clips.parquet", "train-000003.tar")]
     server.faults += [403]
     with pytest.raises(AvtrainError, match="403") as caught:
         ShardReader(folder).read(4, 0)
     assert "secret" not in str(caught.value)
+
+
+def test_the_manifest_comes_over_http_like_the_index(demo_shards, serve):
+    files = {f"/{path.name}": path.read_bytes() for path in (demo_shards / "train").iterdir() if path.is_file()}
+    server = serve(files)
+    server.faults += ["good", "closes early", 503]
+    assert list(open_folders([server.address]).rows) == list(open_folders([str(demo_shards / "train")]).rows)
+    assert [path for path, _ in server.seen] == ["/index.json", *["/clips.parquet"] * 3]
+    server.files["/clips.parquet"] = files["/clips.parquet"][:-9]
+    with pytest.raises(AvtrainError, match="clips.parquet: is not the manifest .*at two tries"):
+        open_folders([server.address])
+    del server.files["/clips.parquet"]
+    with pytest.raises(AvtrainError, match="clips.parquet: the server answers 404"):
+        open_folders([server.address])
 
 
 def test_a_run_outlives_a_bad_hour_and_says_what_ends_it(remote, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 
 from avtrain.config import DataConfig, ModelConfig
-from avtrain.data.loader import ClipDataset
+from avtrain.data.clips import ClipDataset
 from avtrain.data.order import fixed_order
 from avtrain.data.shards import open_folders
 from avtrain.models.avbert import AVBert

@@ -19,7 +19,8 @@ import gc, json, re, statistics, sys
 from pathlib import Path
 import psutil
 from avtrain.config import DataConfig
-from avtrain.data.loader import ClipDataset, batches
+from avtrain.data.clips import ClipDataset
+from avtrain.data.loader import batches
 from avtrain.data.order import at_epoch, batches_of, epoch_order
 from avtrain.data.shards import open_folders
 

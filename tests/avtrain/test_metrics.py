@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, confusion_matrix, top_k_accuracy_score
 
-from avtrain.data.views import ListedClip
+from avtrain.data.manifest import ClipRow
 from avtrain.transfer.metrics import bootstrap_means, confusion, interval, mean_average_precision, top_k
 from avtrain.transfer.predictions import Figure, Predictions, ScoreSums, figures, mean_figures
 
@@ -51,8 +51,8 @@ def test_bootstrap_is_seeded_and_has_the_width_of_the_binomial(random):
 def test_a_video_counts_once_and_has_the_labels_of_all_its_clips():
     import torch
 
-    clips = [ListedClip((0, number), key, labels, 1, 1, length_s) for number, (key, labels, length_s) in enumerate(
-        [("a-0000", (0,), 30.0), ("a-0001", (2,), 10.0), ("b-1-0000", (1,), 5.0)])]
+    clips = [ClipRow((0, number), key, labels, 1, 1, 5.0, end_s) for number, (key, labels, end_s) in enumerate(
+        [("a-0000", [0], 35.0), ("a-0001", [2], 15.0), ("b-1-0000", [1], 10.0)])]
     sums = ScoreSums(clips, 3)
     sums.add(["a-0000", "b-1-0000"], torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
     sums.add(["a-0001", "c-0000", "a-0002"], torch.tensor([[0.0, 0.0, 1.0], [9.0, 9.0, 9.0], [9.0, 9.0, 9.0]]))

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from avtrain.config import read_config
-from avtrain.data.loader import ClipDataset, batches
+from avtrain.data.clips import ClipDataset
+from avtrain.data.loader import batches
 from avtrain.data.order import at_epoch, fixed_order
 from avtrain.data.shards import open_folders
 from avtrain.engine import Run

@@ -11,7 +11,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from avtrain.config import read_config
 from avtrain.data.shards import open_folders
-from avtrain.data.views import list_clips
 from avtrain.errors import AvtrainError
 from avtrain.models.avbert import AVBert
 from avtrain.runtime import Runtime
@@ -122,7 +121,7 @@ def test_softmax_outputs_of_two_heads_are_averaged(tree):
         nn.init.zeros_(head.projection.weight)
         head.projection.bias.data.copy_(bias)
     protocol = protocol_for("kinetics-sounds", "finetune", "published", ["transfer.test_views=2"])
-    found = predict(classifier, folder, list_clips(folder), config.data, protocol, "both",
+    found = predict(classifier, folder, folder.rows, config.data, protocol, "both",
                     Runtime(torch.device("cpu"), None))
     assert len(found.videos) == 7
     torch.testing.assert_close(torch.from_numpy(found.scores), biases.double().softmax(1).mean(0).expand(7, 3),

@@ -116,7 +116,7 @@ def test_what_differs_from_the_published_setting_is_said(tree_with_esc10, checkp
 
 
 def test_a_test_video_that_cannot_be_decoded_is_left_out_and_said(tree, checkpoint, tmp_path, monkeypatch):
-    for module in ("data.loader", "transfer"):
+    for module in ("data.loader", "transfer.evaluate"):
         monkeypatch.setattr(f"avtrain.{module}.MOST_UNREADABLE", 0.2)  # one of seven, not of a hundred
     shutil.copytree(tree / "kinetics-sounds", tmp_path / "kinetics-sounds")
     _damage_a_silent_video(tmp_path / "kinetics-sounds" / "test")

@@ -8,9 +8,10 @@ import torch
 
 from avtrain.config import DataConfig
 from avtrain.data.augment import SoundAugmentation
-from avtrain.data.loader import ClipDataset, batches
+from avtrain.data.clips import ClipDataset
+from avtrain.data.loader import batches
 from avtrain.data.shards import ShardReader, open_folders
-from avtrain.data.views import ViewDataset, ViewItem, Views, collate_rows, list_clips, start_frames
+from avtrain.data.views import Views, start_frames
 
 DATA = DataConfig(segment_frames=32, crop=32, scale=(48, 64), workers=0)
 
@@ -48,21 +49,21 @@ def folder(ffmpeg, avprep, tmp_path_factory):
 
 
 def _clip(folder, name):
-    [found] = [clip for clip in list_clips(folder) if name in clip.key]
+    [found] = [clip for clip in folder.rows if name in clip.key]
     return found
 
 
 def _rows(folder, clip, views, part=None, seed=None, epoch=0):
-    return ViewDataset(folder, DATA, views, seed)[ViewItem(clip.place, part), epoch]
+    return ClipDataset(folder, DATA, seed, views)[clip.place, epoch, part]
 
 
 def test_clips_are_listed_as_the_shards_have_them(folder):
-    everything = list_clips(folder)
+    everything = folder.rows
     long = [clip for clip in everything if "long" in clip.key]
     assert [clip.frames for clip in sorted(long, key=lambda clip: clip.key)] == [480, 480, 64]
     assert len({clip.video for clip in long}) == 1 and len({clip.video for clip in everything}) == 4
-    short = _clip(folder, "short")
-    assert short.has("visual") and short.has("both") and not short.has("audio")
+    short = everything.taken(["short" in name for name in everything.keys()])
+    assert len(short) == 1 and short.have("visual").all() and short.have("both").all() and not short.have("audio").any()
 
 
 @pytest.mark.parametrize("name", ["wide", "tall"])
@@ -82,7 +83,7 @@ def test_a_centre_of_the_size_of_training_is_pretrainings_fixed_view(folder, nam
     clip = _clip(folder, name)
     rows = _rows(folder, clip, Views("both", 10, whole=False))
     assert rows.visual.shape == (10, 1, 3, 32, DATA.crop, DATA.crop) and DATA.crop < DATA.scale[0]
-    assert torch.equal(rows.visual[0, 0], ClipDataset(folder, DATA, None)[clip.place, 0].visual[0])
+    assert torch.equal(rows.visual[0, 0], ClipDataset(folder, DATA, None)[clip.place, 0].visual[0, 0])
 
 
 def test_sound_of_a_view_starts_with_its_picture(folder):
@@ -101,12 +102,11 @@ def test_what_is_left_out_or_lacking_is_absent(folder):
     heard = _rows(folder, wide, Views("audio", 4))
     assert not heard.visual_present.any() and heard.audio_present.all() and heard.visual.numel() == 0
     seen = _rows(folder, wide, Views("visual", 4))
-    assert seen.visual_present.all() and not seen.audio_present.any() and seen.audio.numel() == 0
+    assert seen.visual_present.all() and not seen.audio_present.any() and not seen.audio.any()
     silent = _rows(folder, short, Views("both", 4))
     assert silent.visual_present.all() and not silent.audio_present.any() and not silent.audio.any()
     assert torch.equal(silent.visual[0, 0, :, 20], silent.visual[0, 0, :, 31])  # the last frame is held
-    batch = next(batches(ViewDataset(folder, DATA, Views("both", 4), None),
-                         [[(ViewItem(wide.place), 0), (ViewItem(short.place), 0)]], 0, collate_rows))
+    batch = next(batches(ClipDataset(folder, DATA, None, Views("both", 4)), [[(wide.place, 0), (short.place, 0)]], 0))
     assert batch.visual.shape[0] == 8 and batch.keys == [wide.key] * 4 + [short.key] * 4
 
 
@@ -146,4 +146,6 @@ def test_random_starts_reach_the_whole_recording(folder):
 def test_a_broken_clip_is_a_line(folder, monkeypatch):
     clip = _clip(folder, "wide")
     monkeypatch.setattr(ShardReader, "read", lambda self, *place: (clip.key, {"mp4": b"broken", "logmel.npy": b""}))
-    assert clip.key in _rows(folder, clip, Views("both", 2))
+    for batch in (_rows(folder, clip, Views("both", 2)), ClipDataset(folder, DATA, 0)[clip.place, 0]):
+        [line] = batch.unreadable
+        assert clip.key in line and batch.keys == [] and len(batch.visual) == len(batch.audio_present) == 0
