@@ -125,9 +125,9 @@ def _print_report(title: str, report: SplitReport) -> None:
         click.echo("  all shards were there already (--force builds anew)")
     if report.other_lengths:
         click.echo(f"  {report.other_lengths} of them not as long as their headers say: used as long as they are")
-    accounts = [name for name, counts in (("failures", report.failed), ("skipped", report.skipped),
-                                          ("remarks", report.other_lengths)) if counts]
-    click.echo(", ".join([f"  {report.folder}/index.json", *(f"{report.folder}/{name}.jsonl" for name in accounts)]))
+    accounts = [name for name, counts in (("failures.jsonl", report.failed),
+                                          ("sources.parquet", report.skipped or report.other_lengths)) if counts]
+    click.echo(", ".join([f"  {report.folder}/index.json", *(f"{report.folder}/{name}" for name in accounts)]))
 
 
 @main.command()
