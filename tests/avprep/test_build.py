@@ -347,8 +347,10 @@ def _tree_bytes(pid):
     total = 0
     try:
         process = psutil.Process(pid)
+        itself = process.cmdline()
         for member in [process, *process.children(recursive=True)]:
-            total += member.memory_info().rss
+            if member == process or member.cmdline() != itself:  # a child that only begins shares its parent's memory
+                total += member.memory_info().rss
     except psutil.NoSuchProcess:
         pass
     return total
