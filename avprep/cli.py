@@ -153,6 +153,7 @@ def demo(out: Path, train: int, test: int, seed: int, workers: int) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the indexes' counts as JSON.")
 def info(shards: Path, as_json: bool) -> None:
     """Say what a folder of shards holds: spec, counts, hours, bytes, labels, what is missing."""
+    from avprep.manifest import clip_lengths_s
     from avprep.shards import find_indexes, read_index
 
     for path in find_indexes(shards):
@@ -160,18 +161,19 @@ def info(shards: Path, as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps({"index": str(path), "spec": index["spec"], **index["counts"]}))
         else:
-            _print_index(path, index)
+            _print_index(path, index, clip_lengths_s(path.parent, index))
 
 
-def _print_index(path: Path, index: dict[str, Any]) -> None:
+def _print_index(path: Path, index: dict[str, Any], lengths_s: tuple[float, float, float]) -> None:
     counts, spec = index["counts"], index["spec"]
     click.echo(f"{path}  (format {index['format_version']}, {index['dataset']} {index['split']})")
     click.echo(f"  clips    {counts['clips']} in {len(index['shardlist'])} shards, {counts['seconds'] / 3600:.2f} h, "
                f"{counts['bytes'] / 1e6:.1f} MB; {counts['without_sound']} without sound, "
                f"{counts['without_picture']} without picture")
+    click.echo("  lengths  shortest {:.1f} s, median {:.1f} s, longest {:.1f} s".format(*lengths_s))
     click.echo(f"  sources  {counts['sources_found']} found, {counts['sources_written']} written, "
                f"{sum(counts['sources_skipped'].values())} skipped, {sum(counts['sources_failed'].values())} failed")
-    if counts.get("marks"):  # builds before 0.2.0 have none
+    if counts["marks"]:
         click.echo("  marked   " + ", ".join(f"{count} {mark}" for mark, count in counts["marks"].items()))
     click.echo("  spec     " + ", ".join(f"{name} {value}" for name, value in spec.items()))
     most = max(counts["clips_per_class"], default=0)

@@ -6,7 +6,7 @@ What a task reports of its own failure is a result like any other; what it raise
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 from avprep.crew import Crew
@@ -22,9 +22,15 @@ def run_local(do: Callable[[Task, Crew, Count], Result], tasks: Sequence[Task], 
     """Threads of this process, one a shard; the `workers` of one crew make the clips of all shards under way."""
     # One more than workers: while each waits for the last clip of its shard, the next hands out work.
     with ThreadPoolExecutor(workers + 1) as pool, Crew(workers) as crew:
-        futures = [pool.submit(do, task, crew, count) for task in tasks]
-        for future in as_completed(futures):
-            yield future.result()
+        waiting = {pool.submit(do, task, crew, count) for task in tasks}
+        try:
+            while waiting:
+                ended, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                while ended:  # whoever took a result decides whether it stays
+                    yield ended.pop().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def run_ray(do: Callable[[Task, Crew, Count], Result], tasks: Sequence[Task], workers: int,

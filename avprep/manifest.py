@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from avprep.errors import AvprepError
@@ -76,6 +77,13 @@ def read_clips(folder: Path, index: dict[str, Any], columns: list[str] | None = 
         AvprepError: the table is not there, or not that of the index.
     """
     return _read(folder, index, CLIPS, CLIPS_SCHEMA, columns)
+
+
+def clip_lengths_s(folder: Path, index: dict[str, Any]) -> tuple[float, float, float]:
+    """The shortest, median and longest clip of an index, in seconds; zeros if it has none."""
+    clips = read_clips(folder, index, ["start_s", "end_s"])
+    lengths_s = sorted(pc.subtract(clips["end_s"], clips["start_s"]).to_pylist()) or [0.0]
+    return lengths_s[0], lengths_s[len(lengths_s) // 2], lengths_s[-1]
 
 
 def read_sources(folder: Path, index: dict[str, Any]) -> pa.Table:
