@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import avprep.build as building
-from avprep import manifest
+from avprep import making, manifest
 from avprep.spec import ClipSpec
 
 COLUMNS = {"key": "string", "source": "string", "shard": "string", "start_s": "double", "end_s": "double",
@@ -212,3 +212,33 @@ def test_all_clips_of_a_source_stand_together(ffmpeg, tmp_path):
     for first in range(0, 12, 4):
         [shard], [name] = ({row[column] for row in rows[first:first + 4]} for column in ("shard", "source"))
         assert [row["start_s"] for row in rows[first:first + 4]] == [0, 30, 60, 90]
+
+
+def test_a_file_of_the_same_size_with_other_content_is_built_anew(tmp_path, ffmpeg):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    ffmpeg("-f", "lavfi", "-i", "sine=300:r=8000:d=3", raw / "a.wav")
+    report = _build(raw, tmp_path)
+    first = (report.folder / "train-000000.tar").read_bytes()
+    size = (raw / "a.wav").stat().st_size
+    ffmpeg("-f", "lavfi", "-i", "sine=900:r=8000:d=3", raw / "a.wav")
+    assert (raw / "a.wav").stat().st_size == size
+    assert _build(raw, tmp_path).new_clips_s == 3 and (report.folder / "train-000000.tar").read_bytes() != first
+    assert _build(raw, tmp_path).new_clips_s == 0
+
+
+def test_a_shard_hands_out_all_its_clips_before_the_next(put, tmp_path, short_sound, monkeypatch):
+    """So that a build that is killed has few shards half done."""
+    put(short_sound, *(f"{number}.wav" for number in range(12)))
+    order, windows = [], making.windows
+
+    def noting(source, *more):
+        order.append(source.name)
+        return windows(source, *more)
+
+    monkeypatch.setattr(making, "windows", noting)
+    report = _build(tmp_path / "raw", tmp_path, shard_bytes=2.2 * 10**5)
+    shard_of = {row["source"]: row["shard"] for row in _rows(report.folder)}
+    shards = [shard_of[name] for name in order]
+    changes = sum(one != other for one, other in zip(shards, shards[1:], strict=False))
+    assert 3 <= report.shards < 12 and changes == report.shards - 1
