@@ -13,7 +13,7 @@ from avprep.progress import Count
 
 
 class Busy:
-    """Makes a result in a hundredth of a second; knows how many are made at once, and how many are not taken yet."""
+    """Makes results in little time; knows how many are made at once, and how many are not taken yet."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -25,7 +25,7 @@ class Busy:
             self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
             self.most_not_taken = max(self.most_not_taken, self.begun - self.taken)
-        time.sleep(0.01)
+        time.sleep(0.3 if item.endswith(" 0") else 0.01)  # what comes after the first waits for it
         with self.lock:
             self.at_once -= 1
         return item
