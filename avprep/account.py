@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from avprep import __version__
-from avprep.datasets.source import Listing, Source
-from avprep.errors import Reason, SourceFailed
+from avprep.datasets.source import OTHER_FILE, Listing, Skipped, Source
+from avprep.manifest import CLIPS, CLIPS_SCHEMA, SOURCES, SOURCES_SCHEMA, entry_of, parquet_of, table_of
 from avprep.media import ffmpeg_version
-from avprep.probe import SAME_LENGTH_S, Media
 from avprep.shards import INDEX, write_whole
 from avprep.spec import FORMAT, FORMAT_VERSION, ClipSpec
+
+FAILURES = "failures.jsonl"
 
 
 @dataclass
@@ -37,83 +41,133 @@ class SplitReport:
     shards: int = 0
 
 
-def reason_of(failure: SourceFailed) -> dict[str, str]:
-    """A failure as it stands in failures.jsonl."""
-    return {"stage": failure.stage, "reason": failure.reason.value, "detail": failure.detail}
+@dataclass(frozen=True)
+class ShardDone:
+    """What is known of a finished shard: its entry in the index (None: no clip could be made), its clips' rows, and
+    what became of each of its sources."""
+
+    shard: dict[str, Any] | None
+    clips: pa.Table
+    sources: list[dict[str, Any]]
+
+    @classmethod
+    def from_json(cls, made: dict[str, Any]) -> ShardDone:
+        """Of what `make_shard` returned."""
+        return cls(made["shard"], table_of(made["clips"], CLIPS_SCHEMA), made["sources"])
+
+    @property
+    def clips_s(self) -> float:
+        """Seconds of all its clips."""
+        return _seconds(self.clips)
 
 
-def account(folder: Path, sources: list[Source], media: list[Media | SourceFailed], listing: Listing,
-            markers: list[dict[str, Any]]) -> SplitReport:
-    """Write failures.jsonl (one line a source), skipped.jsonl and remarks.jsonl, and count."""
-    failures: dict[str, dict[str, Any]] = {}  # by the source's key
-    for source, found in zip(sources, media, strict=True):
-        if isinstance(found, SourceFailed):
-            failures[source.key] = {"source": source.key, "path": source.name, **reason_of(found),
-                                    "clips_written": 0, "clips_failed": 0}
-    clips_of: dict[str, int] = defaultdict(int)
-    for marker in markers:
-        for clip in marker["clips"]:
-            clips_of[clip["source"]] += 1
-    for marker in markers:
-        for failure in marker["failures"]:
-            key = failure["source"]
-            line = failures.setdefault(key, {**failure, "clips_written": clips_of[key], "clips_failed": 0})
-            line["clips_failed"] += 1
-    for source, found in zip(sources, media, strict=True):
-        if isinstance(found, Media) and found.broken_off:
-            failures.setdefault(source.key, {
-                "source": source.key, "path": source.name, "stage": "probe", "reason": Reason.TRUNCATED.value,
-                "detail": f"{found.length_s:.1f} of {found.promised_s or found.length_s:.1f} s are there",
-                "clips_written": clips_of[source.key], "clips_failed": 0})
-    report = SplitReport(folder, found=len(sources) + len(listing.skipped), written=len(sources) - len(failures))
-    report.skipped.update(entry.reason for entry in listing.skipped)
-    report.failed.update(failure["reason"] for failure in failures.values())
-    clips = [clip for marker in markers for clip in marker["clips"]]
-    report.clips, report.clips_s = len(clips), sum(clip["length_s"] for clip in clips)
-    shards = [marker["shard"] for marker in markers if marker["shard"]]
-    report.shards, report.bytes = len(shards), sum(shard["filesize"] for shard in shards)
-    _write_lines(folder / "failures.jsonl", sorted(failures.values(), key=lambda line: str(line["path"])))
-    _write_lines(folder / "skipped.jsonl", [
-        {"path": entry.name, "reason": entry.reason, **({"detail": entry.detail} if entry.detail else {})}
-        for entry in listing.skipped])
-    remarks = [remark for source, found in zip(sources, media, strict=True)
-               if isinstance(found, Media) and (remark := _other_length(source, found)) and source.key not in failures]
-    report.other_lengths = len(remarks)
-    _write_lines(folder / "remarks.jsonl", remarks)
-    return report
+def _seconds(clips: pa.Table) -> float:
+    return float(pc.sum(pc.round(pc.subtract(clips["end_s"], clips["start_s"]), 4)).as_py() or 0.0)
 
 
-def _other_length(source: Source, media: Media) -> dict[str, Any] | None:
-    """What the container promised and what came, where they differ."""
-    if media.promised_s is None or abs(media.promised_s - media.length_s) <= SAME_LENGTH_S:
-        return None
-    return {"path": source.name, "remark": "not as long as its headers say", "promised_s": round(media.promised_s, 3),
-            "came_s": round(media.length_s, 3)}
+def settle(folder: Path, dataset: str, split: str, spec: ClipSpec, listing: Listing, sources: list[Source],
+           done: list[ShardDone]) -> SplitReport:
+    """Write failures.jsonl, the two tables, and last the index: all that a reader needs to know of the shards.
 
-
-def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def write_index(folder: Path, dataset: str, split: str, spec: ClipSpec, listing: Listing,
-                markers: list[dict[str, Any]], report: SplitReport) -> None:
-    """Write `index.json`: all that a reader of the shards needs to know (shards/README.md)."""
-    clips = [clip for marker in markers for clip in marker["clips"]]
-    labels = Counter(label for clip in clips for label in clip["labels"])
-    marks = Counter(mark for clip in clips for mark in clip["marks"])
-    counts = {
-        "sources_found": report.found, "sources_written": report.written,
-        "sources_skipped": dict(sorted(report.skipped.items())), "sources_failed": dict(sorted(report.failed.items())),
-        "clips": report.clips, "seconds": round(report.clips_s, 3), "bytes": report.bytes,
-        "without_sound": sum("sound" in clip["missing"] for clip in clips),
-        "without_picture": sum("picture" in clip["missing"] for clip in clips),
-        "marks": dict(sorted(marks.items())),
-        "clips_per_class": [labels[number] for number in range(len(listing.classes))]}
+    Args:
+        folder: of the split.
+        dataset: its name.
+        split: its name.
+        spec: of the clips.
+        listing: of the dataset.
+        sources: those that were tried.
+        done: all shards, in order.
+    """
+    by_key = {source.key: source for source in sources}
+    outcomes = [outcome for shard in done for outcome in shard.sources]
+    skipped = [*listing.skipped, *_left(by_key, outcomes)]
+    failures = [line for outcome in outcomes if (line := _failure(_taken(by_key, outcome), outcome))]
+    failures.sort(key=lambda line: str(line["path"]))
+    clips = pa.concat_tables([CLIPS_SCHEMA.empty_table(), *(shard.clips for shard in done)])
+    rows = [*(_source_row(_taken(by_key, outcome), outcome) for outcome in outcomes),
+            *({"name": entry.name, "status": "skipped", "reason": entry.reason, "detail": entry.detail or None,
+               "clips": 0} for entry in skipped)]
+    rows.sort(key=lambda row: (row["name"], row.get("key") or ""))
+    shards = [shard.shard for shard in done if shard.shard]
+    report = SplitReport(
+        folder, found=len(rows), written=len(outcomes) - len(failures),
+        skipped=Counter(entry.reason for entry in skipped), failed=Counter(line["reason"] for line in failures),
+        other_lengths=sum("came_s" in outcome for outcome in outcomes), clips=clips.num_rows, clips_s=_seconds(clips),
+        bytes=sum(shard["filesize"] for shard in shards), shards=len(shards))
+    tables = {CLIPS: parquet_of(clips), SOURCES: parquet_of(table_of(rows, SOURCES_SCHEMA))}
     index = {
         "__kind__": "wids-shard-index-v1", "wids_version": 1,  # the layout of webdataset's shard index
         "name": f"{dataset}-{split}", "format": FORMAT, "format_version": FORMAT_VERSION,
         "dataset": dataset, "split": split, "spec": spec.to_json(), "classes": listing.classes,
-        "multi_label": listing.multi_label, "counts": counts,
+        "multi_label": listing.multi_label, "counts": _counts(report, clips, len(listing.classes)),
         "made_by": {"avprep": __version__, "ffmpeg": ffmpeg_version()},
-        "shardlist": [marker["shard"] for marker in markers if marker["shard"]]}
-    write_whole(folder / INDEX, json.dumps(index, ensure_ascii=False, indent=1) + "\n")
+        "manifest": [entry_of(CLIPS, tables[CLIPS], clips.num_rows), entry_of(SOURCES, tables[SOURCES], len(rows))],
+        "shardlist": shards}
+    _write(folder, {FAILURES: _lines(failures), **tables,
+                    INDEX: (json.dumps(index, ensure_ascii=False, indent=1) + "\n").encode()})
+    return report
+
+
+def _taken(by_key: dict[str, Source], outcome: dict[str, Any]) -> Source:
+    number: int = outcome["taken"]
+    return by_key[outcome["key"]].candidates[number]
+
+
+def _left(by_key: dict[str, Source], outcomes: list[dict[str, Any]]) -> Iterator[Skipped]:
+    """A line for each file that might have been taken for some source and was for none."""
+    taken = {_taken(by_key, outcome).path for outcome in outcomes}
+    left: dict[Path, Skipped] = {}
+    for outcome in outcomes:
+        source = by_key[outcome["key"]]
+        for candidate, reason in zip(source.candidates, outcome["files"], strict=True):
+            if candidate.path not in taken:
+                why = f"; this one: {reason}" if reason else ""
+                best = _taken(by_key, outcome).name
+                left[candidate.path] = Skipped(candidate.name, OTHER_FILE, f"{best} was taken{why}")
+    yield from left.values()
+
+
+def _failure(taken: Source, outcome: dict[str, Any]) -> dict[str, Any] | None:
+    """A line of failures.jsonl."""
+    if outcome["failure"] is None:
+        return None
+    return {"source": outcome["key"], "path": taken.name, **outcome["failure"],
+            "clips_written": outcome["clips_written"], "clips_failed": outcome["clips_failed"]}
+
+
+def _source_row(taken: Source, outcome: dict[str, Any]) -> dict[str, Any]:
+    failure = outcome["failure"] or {}
+    return {"name": taken.name, "key": outcome["key"], "status": "failed" if failure else "written",
+            "reason": failure.get("reason"), "detail": failure.get("detail") or None,
+            "clips": outcome["clips_written"], "promised_s": outcome.get("promised_s"), "came_s": outcome.get("came_s")}
+
+
+def _counts(report: SplitReport, clips: pa.Table, classes: int) -> dict[str, Any]:
+    labels, missing, marks = (Counter(pc.list_flatten(clips[name]).to_pylist())
+                              for name in ("labels", "missing", "marks"))
+    return {
+        "sources_found": report.found, "sources_written": report.written,
+        "sources_skipped": dict(sorted(report.skipped.items())), "sources_failed": dict(sorted(report.failed.items())),
+        "clips": report.clips, "seconds": round(report.clips_s, 3), "bytes": report.bytes,
+        "without_sound": missing["sound"], "without_picture": missing["picture"],
+        "marks": dict(sorted(marks.items())), "clips_per_class": [labels[number] for number in range(classes)]}
+
+
+def _lines(lines: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> None:
+    """Write what differs from what is there, the last one last; until then it is away, as it would not fit."""
+    different = [name for name, content in files.items() if not _holds(folder / name, content)]
+    if different:
+        (folder / list(files)[-1]).unlink(missing_ok=True)
+        for name in dict.fromkeys([*different, list(files)[-1]]):
+            write_whole(folder / name, files[name])
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        return path.read_bytes() == content
+    except OSError:
+        return False

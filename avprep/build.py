@@ -1,4 +1,4 @@
-"""Raw videos to shards: plan -> clips -> tars -> index and report."""
+"""Raw videos to shards: listing -> plan -> a worker a shard -> tables, index and report."""
 
 from __future__ import annotations
 
@@ -8,24 +8,22 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from avprep.account import SplitReport, account, reason_of, write_index
-from avprep.clips import Clip, Window, make_clip, windows
+from avprep.account import ShardDone, SplitReport, settle
 from avprep.datasets import DATASETS, list_split
 from avprep.datasets.folder import SPLIT_NAMES
-from avprep.errors import AvprepError, NothingToBuild, SourceFailed
+from avprep.errors import AvprepError, NothingToBuild
 from avprep.executors import EXECUTORS
+from avprep.making import Job, make_shard
 from avprep.plan import ShardTask, shard_tasks, shuffled_rank
-from avprep.probe import Media
-from avprep.probing import probe_all
-from avprep.progress import progress
-from avprep.shards import INDEX, ShardWriter, write_whole
+from avprep.progress import Count
+from avprep.shards import INDEX, write_whole
 from avprep.spec import ClipSpec
 
 
@@ -95,28 +93,23 @@ def build_split(options: BuildOptions, split: str) -> SplitReport:
         looked = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "the folder holds none"
         raise NothingToBuild(f"no media files of {options.dataset} {split} in {options.raw} ({looked}). "
                              f"Lay them out: {DATASETS[options.dataset].layout}")
-    folder = options.out / options.dataset / split
-    state = folder / ".build"
+    job = Job((options.out / options.dataset / split).absolute(), options.dataset, split, options.spec,
+              options.timeout_s)
+    state = job.folder / ".build"
     with _only_builder(state):
         if options.force:
-            for path in [folder / INDEX, *state.glob(f"{split}-*.json"), state / "probes.jsonl"]:
+            for path in [job.folder / INDEX, *state.glob(f"{split}-*.json")]:
                 path.unlink(missing_ok=True)
-        sources, media, left = probe_all(listed, state / "probes.jsonl", options.workers)
-        listing.skipped += left
-        tasks = shard_tasks((window for source, found in zip(sources, media, strict=True) if isinstance(found, Media)
-                             for window in windows(source, found, options.spec)),
-                            options.spec, options.dataset, split, options.shard_bytes)
-        markers = {task.number: marker for task in tasks if (marker := _marker_if_done(folder, split, task))}
-        todo = [task for task in tasks if task.number not in markers]
-        if todo:
-            (folder / INDEX).unlink(missing_ok=True)  # it would not fit the shards for a while
-            for task, marker in _write_shards(todo, folder, split, options):
-                markers[task.number] = marker
-        _remove_stale(folder, split, markers)
-        done = [markers[task.number] for task in tasks]
-        report = account(folder, sources, media, listing, done)
-        write_index(folder, options.dataset, split, options.spec, listing, done, report)
-    report.new_clips_s = sum(clip["length_s"] for task in todo for clip in markers[task.number]["clips"])
+        tasks = shard_tasks(listed, options.spec, options.dataset, split, options.shard_bytes)
+        done = {task.number: shard for task in tasks if (shard := _if_done(job, task))}
+        todo = [task for task in tasks if task.number not in done]
+        for task, shard in _make_shards(todo, job, options):
+            done[task.number] = shard
+        _remove_stale(job, done)
+        report = settle(job.folder, options.dataset, split, options.spec, listing, listed,
+                        [done[task.number] for task in tasks])
+    report.folder = options.out / options.dataset / split
+    report.new_clips_s = sum(done[task.number].clips_s for task in todo)
     report.elapsed_s = time.monotonic() - started
     return report
 
@@ -138,71 +131,55 @@ def _only_builder(state: Path) -> Iterator[None]:
         shutil.rmtree(state / "scratch")
 
 
-def _make(window: Window, spec: ClipSpec, dataset: str, split: str, scratch: Path,
-          timeout_s: float) -> Clip | SourceFailed:
-    try:
-        # Not the key itself: on a file system that takes A for a, two keys may be one name.
-        return make_clip(window, spec, dataset, split, scratch / f"{shuffled_rank(window.key).hex()}.mp4", timeout_s)
-    except SourceFailed as failure:
-        return failure
-
-
-def _write_shards(tasks: list[ShardTask], folder: Path, split: str,
-                  options: BuildOptions) -> Iterator[tuple[ShardTask, dict[str, Any]]]:
-    """Make the clips of all these shards in one stream, and cut the stream into tars."""
-    make = partial(_make, spec=options.spec, dataset=options.dataset, split=split,
-                   scratch=folder.absolute() / ".build" / "scratch", timeout_s=options.timeout_s)
-    todo = [window for task in tasks for window in task.windows]
-    results = progress(EXECUTORS[options.executor](make, todo, options.workers), f"build {split}", "clip", len(todo))
+def _make_shards(tasks: list[ShardTask], job: Job, options: BuildOptions) -> Iterator[tuple[ShardTask, ShardDone]]:
+    """Make shards, and write a marker after each; as they come."""
+    if not tasks:
+        return
+    (job.folder / INDEX).unlink(missing_ok=True)  # it would not fit the shards for a while
     for task in tasks:
-        marker_path = _marker_path(folder, split, task.number)
-        shard = None
-        entries: list[dict[str, Any]] = []
-        failures: list[dict[str, Any]] = []
-        with ShardWriter(folder / f"{split}-{task.number:06d}.tar") as writer:
-            for window, result in zip(task.windows, results, strict=False):
-                if isinstance(result, SourceFailed):
-                    failures.append({"source": window.source.key, "path": window.source.name, **reason_of(result)})
-                else:
-                    writer.add(result)
-                    entries.append({"source": window.source.key, "labels": result.info["labels"],
-                                    "length_s": round(result.info["end_s"] - window.start_s, 4),
-                                    "missing": result.info["missing"], "marks": result.info["marks"]})
-            if entries:
-                marker_path.unlink(missing_ok=True)  # a kill after finish() must not leave it to vouch for this tar
-                shard = writer.finish()
-        marker = {"fingerprint": task.fingerprint, "shard": shard, "clips": entries, "failures": failures}
-        write_whole(marker_path, json.dumps(marker))
-        yield task, marker
-    next(results, None)  # lets the progress bar end at its total
+        _marker(job, task.number).unlink(missing_ok=True)  # it must not vouch for another tar of the same size
+    by_fingerprint = {task.fingerprint: task for task in tasks}
+    make, clips = partial(make_shard, job=job), 0
+    with Count(f"build {job.split}", "clip", sum(len(task.sources) for task in tasks)) as count, closing(
+            EXECUTORS[options.executor](make, tasks, options.workers, count)) as results:
+        for made in results:
+            task = by_fingerprint[made["fingerprint"]]
+            write_whole(_marker(job, task.number), json.dumps(made).encode())
+            clips += sum(source["clips_written"] + source["clips_failed"] for source in made["sources"])
+            count.at_least(clips)
+            yield task, ShardDone.from_json(made)
 
 
-def _marker_path(folder: Path, split: str, number: int) -> Path:
-    return folder / ".build" / f"{split}-{number:06d}.json"
+def _marker(job: Job, number: int) -> Path:
+    return job.folder / ".build" / f"{job.split}-{number:06d}.json"
 
 
-def _marker_if_done(folder: Path, split: str, task: ShardTask) -> dict[str, Any] | None:
-    """The marker that is written after a shard, if it is of this very task and the shard is still there."""
+def _if_done(job: Job, task: ShardTask) -> ShardDone | None:
+    """What the marker says that is written after a shard, if it is of this very task and the shard is still there."""
     try:
-        marker: dict[str, Any] = json.loads(_marker_path(folder, split, task.number).read_text(encoding="utf-8"))
+        made: dict[str, Any] = json.loads(_marker(job, task.number).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if marker["fingerprint"] != task.fingerprint:
+    if made.get("fingerprint") != task.fingerprint:
         return None
-    shard = marker["shard"]
-    path = folder / shard["url"] if shard else None
-    if path and not (path.is_file() and path.stat().st_size == shard["filesize"]):
+    done = ShardDone.from_json(made)
+    path = job.folder / done.shard["url"] if done.shard else None
+    if done.shard and path and not (path.is_file() and path.stat().st_size == done.shard["filesize"]):
         return None
-    return marker
+    return done
 
 
-def _remove_stale(folder: Path, split: str, markers: dict[int, dict[str, Any]]) -> None:
-    """Remove tars and markers that are not of this build: whoever globs would read them along.
+def _remove_stale(job: Job, done: dict[int, ShardDone]) -> None:
+    """Remove tars and markers that are not of this build: whoever globs would read them along. And what earlier
+    versions left.
 
     Goes by what is on disk: `--force` deletes the markers first, and a shard all of whose clips fail has no tar now.
     """
-    kept = {_marker_path(folder, split, number) for number in markers}
-    kept |= {folder / marker["shard"]["url"] for marker in markers.values() if marker["shard"]}
-    for path in [*folder.glob(f"{split}-[0-9]*.tar"), *(folder / ".build").glob(f"{split}-[0-9]*.json")]:
+    kept = {_marker(job, number) for number in done}
+    kept |= {job.folder / shard.shard["url"] for shard in done.values() if shard.shard}
+    state = job.folder / ".build"
+    for path in [*job.folder.glob(f"{job.split}-[0-9]*.tar"), *state.glob(f"{job.split}-[0-9]*.json")]:
         if path not in kept:
             path.unlink()
+    for path in (state / "probes.jsonl", job.folder / "skipped.jsonl", job.folder / "remarks.jsonl"):
+        path.unlink(missing_ok=True)

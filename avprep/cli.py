@@ -126,9 +126,9 @@ def _print_report(title: str, report: SplitReport) -> None:
         click.echo("  all shards were there already (--force builds anew)")
     if report.other_lengths:
         click.echo(f"  {report.other_lengths} of them not as long as their headers say: used as long as they are")
-    accounts = [name for name, counts in (("failures", report.failed), ("skipped", report.skipped),
-                                          ("remarks", report.other_lengths)) if counts]
-    click.echo(", ".join([f"  {report.folder}/index.json", *(f"{report.folder}/{name}.jsonl" for name in accounts)]))
+    accounts = [name for name, counts in (("failures.jsonl", report.failed),
+                                          ("sources.parquet", report.skipped or report.other_lengths)) if counts]
+    click.echo(", ".join([f"  {report.folder}/index.json", *(f"{report.folder}/{name}" for name in accounts)]))
 
 
 @main.command()
@@ -154,6 +154,7 @@ def demo(out: Path, train: int, test: int, seed: int, workers: int) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the indexes' counts as JSON.")
 def info(shards: Path, as_json: bool) -> None:
     """Say what a folder of shards holds: spec, counts, hours, bytes, labels, what is missing."""
+    from avprep.manifest import clip_lengths_s
     from avprep.shards import find_indexes, read_index
 
     for path in find_indexes(shards):
@@ -161,18 +162,19 @@ def info(shards: Path, as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps({"index": str(path), "spec": index["spec"], **index["counts"]}))
         else:
-            _print_index(path, index)
+            _print_index(path, index, clip_lengths_s(path.parent, index))
 
 
-def _print_index(path: Path, index: dict[str, Any]) -> None:
+def _print_index(path: Path, index: dict[str, Any], lengths_s: tuple[float, float, float]) -> None:
     counts, spec = index["counts"], index["spec"]
     click.echo(f"{path}  (format {index['format_version']}, {index['dataset']} {index['split']})")
     click.echo(f"  clips    {counts['clips']} in {len(index['shardlist'])} shards, {counts['seconds'] / 3600:.2f} h, "
                f"{counts['bytes'] / 1e6:.1f} MB; {counts['without_sound']} without sound, "
                f"{counts['without_picture']} without picture")
+    click.echo("  lengths  shortest {:.1f} s, median {:.1f} s, longest {:.1f} s".format(*lengths_s))
     click.echo(f"  sources  {counts['sources_found']} found, {counts['sources_written']} written, "
                f"{sum(counts['sources_skipped'].values())} skipped, {sum(counts['sources_failed'].values())} failed")
-    if counts.get("marks"):  # builds before 0.2.0 have none
+    if counts["marks"]:
         click.echo("  marked   " + ", ".join(f"{count} {mark}" for mark, count in counts["marks"].items()))
     click.echo("  spec     " + ", ".join(f"{name} {value}" for name, value in spec.items()))
     most = max(counts["clips_per_class"], default=0)

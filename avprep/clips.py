@@ -18,6 +18,8 @@ from avprep.media import FILLED_S, Cut, check_length, cut_clip
 from avprep.probe import Media
 from avprep.spec import ClipSpec
 
+_TRIMMED_S = 2.0  # that a file cut to its moment may be longer than it
+
 
 @dataclass(frozen=True)
 class Window:
@@ -52,6 +54,9 @@ def windows(source: Source, media: Media, spec: ClipSpec) -> list[Window]:
 
     A file with an annotated moment gives the one full clip around it. Any other gives consecutive full clips, the
     last of them shorter, and kept if it has at least one segment; a file shorter than a segment gives one clip too.
+
+    Raises:
+        SourceFailed: the file ends before its annotated moment.
     """
     starts = [_start_around(source.moment_s, media.length_s, spec)] if source.moment_s else [
         number * spec.clip_s for number in range(int(media.length_s // spec.clip_s) + 1)]
@@ -61,8 +66,16 @@ def windows(source: Source, media: Media, spec: ClipSpec) -> list[Window]:
 
 
 def _start_around(moment_s: tuple[float, float], length_s: float, spec: ClipSpec) -> float:
-    if moment_s[0] >= length_s:  # the file holds the moment alone: it was trimmed, whatever its name says
-        return 0.0
+    """Where the clip around a moment starts, in a file of that length.
+
+    Raises:
+        SourceFailed: the file ends before the moment, and is no trimmed one either.
+    """
+    if moment_s[0] >= length_s:
+        if length_s > moment_s[1] - moment_s[0] + _TRIMMED_S:
+            raise SourceFailed("probe", Reason.TRUNCATED,
+                               f"it ends at {length_s:.1f} s, before its moment, {moment_s[0]:g} to {moment_s[1]:g} s")
+        return 0.0  # the file holds the moment alone: it was trimmed, whatever its name says
     centred = (moment_s[0] + moment_s[1] - spec.clip_s) / 2
     return round(max(0.0, min(centred, length_s - spec.clip_s)), 3)
 

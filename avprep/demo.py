@@ -20,8 +20,8 @@ import numpy as np
 from numpy.random import Generator, default_rng
 from numpy.typing import NDArray
 
+from avprep.crew import Crew
 from avprep.errors import AvprepError
-from avprep.executors import run_local
 from avprep.media import ffmpeg_path
 from avprep.progress import progress
 
@@ -85,9 +85,10 @@ def make_demo(folder: Path, workers: int, counts: dict[str, int], seed: int = 0)
         shutil.rmtree(part)  # of a run that was stopped: what it left would be taken for videos
     for path, _ in videos:
         path.parent.mkdir(parents=True, exist_ok=True)
-    made = run_local(partial(_make_video, root=part), videos, workers)
-    for _ in progress(made, "demo", "video", len(videos)):
-        pass
+    with Crew(workers) as crew:
+        made = crew.make(partial(_make_video, root=part), videos)
+        for _ in progress(made, "demo", "video", len(videos)):
+            pass
     if folder.is_dir():
         folder.rmdir()  # checked to be empty by the caller
     part.rename(folder)

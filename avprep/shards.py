@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
+import shlex
 import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, cast
+from typing import Any
 
 from avprep.clips import Clip
 from avprep.errors import AvprepError
-from avprep.spec import FORMAT, FORMAT_VERSION
+from avprep.spec import FORMAT, FORMAT_VERSION, SPEC_OPTIONS, ClipSpec
 
 INDEX = "index.json"
 
@@ -30,15 +31,30 @@ class ShardWriter:
         self.samples = 0
         self._part = path.with_name(path.name + ".part")
         self._file = _HashingFile(self._part)
-        self._tar = tarfile.open(fileobj=cast(IO[bytes], self._file), mode="w|", format=tarfile.USTAR_FORMAT)
+        self._tar: Any = None
 
-    def add(self, clip: Clip) -> None:
-        """Append the clip's members, `KEY.ENDING`."""
-        for ending, content in clip.members.items():
-            member = tarfile.TarInfo(f"{clip.key}.{ending}")
-            member.size = len(content)  # everything else that a tar records stays 0, the same on any day
-            self._tar.addfile(member, io.BytesIO(content))
+    def add(self, clip: Clip) -> dict[str, tuple[int, int]]:
+        """Append the clip's members, `KEY.ENDING`.
+
+        Returns:
+            (offset, size) in the tar of each member's content, by ending.
+        """
+        if self._tar is None:
+            # It brings torch, in seconds; by now the first clips are being made, by other processes.
+            from webdataset.writer import TarWriter
+
+            # Everything else that a tar records stays empty, the same on any day.
+            self._tar = TarWriter(self._file, encoder=False, mtime=0, user="", group="", mode=0o644)
+        at = self._tar.tarstream.offset
+        self._tar.write({"__key__": clip.key, **clip.members})
+        places = {}
+        for ending in sorted(clip.members):  # the order in which it writes them
+            size = len(clip.members[ending])
+            places[ending] = (at + tarfile.BLOCKSIZE, size)
+            at += tarfile.BLOCKSIZE * (1 + -(-size // tarfile.BLOCKSIZE))
+        assert at == self._tar.tarstream.offset, "webdataset writes tars in another way than it did"
         self.samples += 1
+        return places
 
     def finish(self) -> dict[str, Any]:
         """Bring the shard under its final name.
@@ -80,11 +96,11 @@ class _HashingFile:
         return self._size, self._digest.hexdigest()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new, never a part."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
     part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with part.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
@@ -99,27 +115,44 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_samples(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The samples of a shard in order: (key, bytes of the members by ending).
+@dataclass
+class Sample:
+    """A sample as it stands in a tar: its key; the bytes, and (offset, size) in the tar, of its members by ending."""
+
+    key: str
+    members: dict[str, bytes] = field(default_factory=dict)
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def read_samples(shard: Path) -> Iterator[Sample]:
+    """The samples of a shard in order, read from its start to its end.
 
     Raises:
         AvprepError: the tar is damaged; the message names it.
     """
     try:
         with tarfile.open(shard, "r|") as tar:
-            key, members = "", dict[str, bytes]()
+            sample = Sample("")
             for member in tar:
                 file = tar.extractfile(member)
-                this_key, _, ending = member.name.partition(".")
-                if this_key != key and members:
-                    yield key, members
-                    members = {}
-                key = this_key
-                members[ending] = file.read() if file else b""
-            if members:
-                yield key, members
+                key, _, ending = member.name.partition(".")
+                if key != sample.key:
+                    if sample.members:
+                        yield sample
+                    sample = Sample(key)
+                sample.members[ending] = file.read() if file else b""
+                sample.places[ending] = member.offset_data, member.size
+            if sample.members:
+                yield sample
     except (tarfile.TarError, EOFError, OSError) as error:
         raise AvprepError(f"{shard} can't be read as a tar: {error}") from error
+
+
+def read_at(shard: Path, offset: int, size: int) -> bytes:
+    """So many bytes of a shard."""
+    with shard.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -134,10 +167,20 @@ def read_index(path: Path) -> dict[str, Any]:
         raise AvprepError(f"{path} is not a readable index: {error}") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise AvprepError(f"{path} is not an index of avprep shards")
-    if index["format_version"] != FORMAT_VERSION:
-        raise AvprepError(f"{path} has format version {index['format_version']}, this avprep knows {FORMAT_VERSION}: "
-                          "build the shards again, or use the avprep that wrote them")
+    if index.get("format_version") != FORMAT_VERSION:
+        raise AvprepError(f"{path} has format version {index.get('format_version')}, this avprep knows "
+                          f"{FORMAT_VERSION}: build the shards again with: {_build_command(path, index)}")
     return index
+
+
+def _build_command(path: Path, index: dict[str, Any]) -> str:
+    """The command that made an index, but for where the raw files are."""
+    made, usual = index.get("spec", {}), ClipSpec()
+    changed = [f"--{name.replace('_', '-')} {made[name]}" for name in SPEC_OPTIONS
+               if made.get(name, getattr(usual, name)) != getattr(usual, name)]
+    out = shlex.quote(str(path.absolute().parent.parent.parent))
+    return " ".join(["avprep build", f"--dataset {index.get('dataset')} --split {index.get('split')}", "--raw RAW",
+                     f"--out {out}", *changed])
 
 
 def find_indexes(folder: Path) -> list[Path]:

@@ -8,11 +8,13 @@ from typing import Any
 from avprep.errors import AvprepError
 
 FORMAT = "avprep-shards"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # Of a segment's frames, every fourth is one that others are predicted from (and the last): a reader that wants no more
 # than those has the decoder leave out the rest.
 REFERENCE_STEP = 4
+# Those settings that are options of `avprep build`.
+SPEC_OPTIONS = ("fps", "frames", "segment_frames", "short_side", "crf")
 
 # Fewer samples than this and a segment no longer holds `mel_frames` frames at its own hop.
 _SHORTEST_SEGMENT_SAMPLES = 16_384

@@ -28,8 +28,10 @@ _SPEC = ClipSpec()
 def run() -> list[Row]:
     """The same 20 videos through bare ffmpeg, one worker, and two workers, in turn."""
     import numpy as np
+    import webdataset  # noqa: F401
 
-    log_mel(np.zeros(_SPEC.segment_samples, np.float32), _SPEC)  # librosa's import is paid once a build, not a clip
+    # Its import and librosa's are paid once a build, not a clip.
+    log_mel(np.zeros(_SPEC.segment_samples, np.float32), _SPEC)
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch) / "raw"
         _make_videos(raw)

@@ -67,7 +67,7 @@ def demo_shards(small_demo: Path, avprep: Callable[..., subprocess.CompletedProc
                 tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its shards: train in ten, test in one or two. To be read only."""
     out = tmp_path_factory.mktemp("shards")
-    done = avprep("build", "--dataset", "demo", "--raw", small_demo, "--out", out, "--shard-mb", 1.5, "--split", "all")
+    done = avprep("build", "--dataset", "demo", "--raw", small_demo, "--out", out, "--shard-mb", 0.3, "--split", "all")
     assert done.returncode == 0, done.stderr
     add_manifests(out)
     return out / "demo"

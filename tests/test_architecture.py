@@ -110,9 +110,20 @@ def test_datasets_know_only_their_own_helpers():
 
 
 def test_the_packages_do_not_know_each_other():
-    for package, others in (("avprep", ("avtrain", "torch", "webdataset")), ("avtrain", ("avprep",))):
+    for package, others in (("avprep", ("avtrain", "torch")), ("avtrain", ("avprep",))):
         for path in _modules(package):
             assert not [dotted for dotted in _imports(path) if dotted.split(".")[0] in others], path
+
+
+def test_only_who_writes_shards_loads_webdataset():
+    """It brings torch, in seconds."""
+    for path in _modules("avprep"):
+        names = [dotted.split(".")[0] for dotted in _imports(path)]
+        assert "webdataset" not in names or path.name == "shards.py", path
+    code = ("import sys, avprep.build, avprep.demo, avprep.inspect.verify, avprep.inspect.preview, "
+            "avprep.inspect.against; print([name for name in ('torch', 'webdataset') if name in sys.modules])")
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert printed.strip() == "[]"
 
 
 def test_files_stay_small_and_named_for_what_they_do():

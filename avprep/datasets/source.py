@@ -52,6 +52,11 @@ class Source:
     others: tuple[Source, ...] = ()
 
     @property
+    def candidates(self) -> tuple[Source, ...]:
+        """This file and the others."""
+        return (self, *self.others)
+
+    @property
     def is_replacement(self) -> bool:
         """Whether it lies in a folder of replacements for broken files, such as Kinetics-400's."""
         return any("replacement" in part.casefold() for part in PurePosixPath(self.name).parts[:-1])
@@ -59,7 +64,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Skipped:
-    """An entry that can't be used: a line of skipped.jsonl. `detail`: the particulars, if there are any."""
+    """An entry that can't be used: a row of sources.parquet. `detail`: the particulars, if there are any."""
 
     name: str
     reason: str

@@ -48,7 +48,8 @@ def read_csv(path: Path, columns: Sequence[str], problems: list[Skipped], more: 
     """
     records = _records(path, _lines(path), None)
     _, _, header = next(records, (0, "", None))
-    found = [name.strip() for name in header or []]
+    known = {name.lower(): name for name in (*columns, *more)}
+    found = [known.get(name.strip().lower(), name.strip()) for name in header or []]
     missing = [name for name in columns if name not in found]
     if missing:
         there = "".join(letter if letter.isprintable() else "?" for letter in printable(", ".join(found)))

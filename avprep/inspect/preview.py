@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avprep.errors import AvprepError
-from avprep.shards import find_indexes, read_index, read_samples
+from avprep.manifest import places_of, read_clips
+from avprep.shards import find_indexes, read_at, read_index
 
 _FRAMES_ACROSS = 12
 _ROW_HEIGHT_IN = 1.9
@@ -32,22 +32,22 @@ def contact_sheet(shards: Path, output: Path, clips: int) -> int:
     from matplotlib.figure import Figure
 
     paths = find_indexes(shards)
-    rows = [row for number, path in enumerate(paths)
-            for row in _samples(path, clips // len(paths) + (number < clips % len(paths)))]
+    rows = [sample for number, path in enumerate(paths)
+            for sample in _samples(path, clips // len(paths) + (number < clips % len(paths)))]
     if not rows:
         raise AvprepError(f"the shards in {shards} hold no clips")
     figure = Figure(figsize=(_WIDTH_IN, _ROW_HEIGHT_IN * len(rows) + 0.3), dpi=100, layout="constrained")
     grid = figure.add_gridspec(2 * len(rows), 1, height_ratios=[1.15, 0.85] * len(rows), hspace=0.0)
-    for number, (info, classes, members) in enumerate(rows):
-        length_s = info["end_s"] - info["start_s"]
+    for number, (row, classes, members) in enumerate(rows):
+        length_s = row["end_s"] - row["start_s"]
         top = figure.add_subplot(grid[2 * number])
-        names = ", ".join(classes[label] for label in info["labels"]) or "no label"
-        top.set_title(f"{names}   ·   {info['key']}   ·   {info['source']} from {info['start_s']:g} s", loc="left",
+        names = ", ".join(classes[label] for label in row["labels"]) or "no label"
+        top.set_title(f"{names}   ·   {row['key']}   ·   {row['source']} from {row['start_s']:g} s", loc="left",
                       fontsize=8, pad=2)
-        _show(top, _film_strip(members["mp4"], info) if "mp4" in members else None, "no picture", length_s)
+        _show(top, _film_strip(members["mp4"], row["frames"]) if "mp4" in members else None, "no picture", length_s)
         bottom = figure.add_subplot(grid[2 * number + 1])
         mel = np.load(io.BytesIO(members["logmel.npy"])) if "logmel.npy" in members else None
-        _show(bottom, mel, "no sound", length_s, info["sound_s"])
+        _show(bottom, mel, "no sound", length_s, row["sound_s"])
         bottom.set_xticks(np.arange(0, length_s + 1e-6, 2 if length_s > 5 else 0.5))
         bottom.set_xlabel("seconds" if number == len(rows) - 1 else "", fontsize=7)
         bottom.tick_params(axis="x", labelsize=7, length=2, pad=1)
@@ -60,18 +60,16 @@ def contact_sheet(shards: Path, output: Path, clips: int) -> int:
 
 
 def _samples(index_path: Path, count: int) -> Iterator[tuple[dict[str, Any], list[str], dict[str, bytes]]]:
-    index = read_index(index_path)
-    for entry in index["shardlist"]:
-        for _, members in read_samples(index_path.parent / entry["url"]):
-            if count <= 0:
-                return
-            count -= 1
-            yield json.loads(members["json"]), index["classes"], members
+    """The row, the classes and the members of the first clips."""
+    index, folder = read_index(index_path), index_path.parent
+    for row in read_clips(folder, index).slice(0, count).to_pylist():
+        yield row, index["classes"], {ending: read_at(folder / row["shard"], *place)
+                                      for ending, place in places_of(row).items()}
 
 
-def _film_strip(mp4: bytes, info: dict[str, Any]) -> NDArray[np.uint8]:
+def _film_strip(mp4: bytes, count: int) -> NDArray[np.uint8]:
     """Evenly spaced frames side by side: (height, n * width, 3). Each stands for its stretch of time."""
-    wanted = {int((number + 0.5) * info["frames"] / _FRAMES_ACROSS) for number in range(_FRAMES_ACROSS)}
+    wanted = {int((number + 0.5) * count / _FRAMES_ACROSS) for number in range(_FRAMES_ACROSS)}
     with av.open(io.BytesIO(mp4), "r") as container:
         frames = [frame.to_ndarray(format="rgb24") for number, frame in enumerate(container.decode(video=0))
                   if number in wanted]

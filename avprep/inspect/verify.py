@@ -1,4 +1,4 @@
-"""Do shards hold what their index says?"""
+"""Do shards hold what their index and their rows say?"""
 
 from __future__ import annotations
 
@@ -13,27 +13,39 @@ import av
 import numpy as np
 
 from avprep.errors import AvprepError
+from avprep.manifest import CLIPS, SOURCES, clip_row, read_clips, read_sources
 from avprep.progress import progress
-from avprep.shards import read_index, read_samples
+from avprep.shards import Sample, read_index, read_samples
 
 _BLOCK_BYTES = 1 << 20
 
 
 def problems_of(index_path: Path) -> Iterator[str]:
     """Check every shard of an index; yields one line a problem, with the shard's name."""
-    index = read_index(index_path)
-    counted = 0
+    index, folder = read_index(index_path), index_path.parent
+    try:
+        clips = read_clips(folder, index)
+        sources = read_sources(folder, index)
+    except AvprepError as error:
+        yield str(error)
+        return
+    at = 0
     for entry in progress(index["shardlist"], "verify", "shard", len(index["shardlist"])):
-        shard = index_path.parent / entry["url"]
+        rows = clips.slice(at, entry["nsamples"])
+        at += entry["nsamples"]
+        shard = folder / entry["url"]
         if not shard.is_file():
             yield f"{shard}: missing"
             continue
-        counted += entry["nsamples"]
         if _sha256(shard) != entry["sha256"]:
             yield f"{shard}: its checksum differs from the index"
-        yield from _problems_of_shard(shard, entry["nsamples"], index["spec"])
-    if counted != index["counts"]["clips"]:
-        yield f"{index_path}: the shards have {counted} clips, the index counts {index['counts']['clips']}"
+        yield from _problems_of_shard(shard, rows.to_pylist(), index["spec"])
+    counts = index["counts"]
+    if not at == clips.num_rows == counts["clips"]:
+        yield (f"{index_path}: the shards have {at} clips, {CLIPS} {clips.num_rows}, the index counts "
+               f"{counts['clips']}")
+    if sources.num_rows != counts["sources_found"]:
+        yield f"{index_path}: {SOURCES} has {sources.num_rows} sources, the index counts {counts['sources_found']}"
 
 
 def _sha256(path: Path) -> str:
@@ -44,18 +56,28 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _problems_of_shard(shard: Path, expected: int, spec: dict[str, Any]) -> Iterator[str]:
+def _problems_of_shard(shard: Path, rows: list[dict[str, Any]], spec: dict[str, Any]) -> Iterator[str]:
     found = 0
     try:
-        for key, members in read_samples(shard):
+        for sample in read_samples(shard):
+            row = rows[found] if found < len(rows) else None
             found += 1
-            problem = _problem_of_sample(members, spec)
-            if problem:
-                yield f"{shard}: {key}: {problem}"
+            if problem := _problem_of_row(shard.name, sample, row) or _problem_of_sample(sample.members, spec):
+                yield f"{shard}: {sample.key}: {problem}"
     except AvprepError as error:
         yield str(error)
-    if found != expected:
-        yield f"{shard}: {found} clips, the index says {expected}"
+    if found != len(rows):
+        yield f"{shard}: {found} clips, the index says {len(rows)}"
+
+
+def _problem_of_row(shard: str, sample: Sample, row: dict[str, Any] | None) -> str | None:
+    """Where a sample is not what its row says, if anywhere."""
+    try:
+        is_right = clip_row(json.loads(sample.members["json"]), shard, sample.places)
+    except (KeyError, ValueError):
+        return "it has no readable json"
+    different = [name for name, value in is_right.items() if row is None or row[name] != value]
+    return f"its row in {CLIPS} says otherwise: {', '.join(different)}" if different else None
 
 
 def _problem_of_sample(members: dict[str, bytes], spec: dict[str, Any]) -> str | None:

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 
 
@@ -78,9 +79,15 @@ def _read(folder: Path) -> SimpleNamespace:
                 if member.name.endswith(".json"):
                     infos[member.name[:-5]] = json.load(tar.extractfile(member))
     assert max(Counter(members).values()) == 1
-    account = {name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-               for name in ("failures", "skipped")}
+    failures = [json.loads(line) for line in (folder / "failures.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = pq.read_table(folder / "sources.parquet").to_pylist()
+    assert sorted((row["name"], row["reason"], row["detail"] or "") for row in rows if row["status"] == "failed") == \
+        sorted((line["path"], line["reason"], line["detail"]) for line in failures)
+    skipped = [{"path": row["name"], "reason": row["reason"], "detail": row["detail"]} for row in rows
+               if row["status"] == "skipped"]
     counts = index["counts"]
-    assert counts["sources_found"] == counts["sources_written"] + len(account["failures"]) + len(account["skipped"])
-    return SimpleNamespace(index=index, infos=infos, classes=index["classes"], counts=counts, **account,
+    assert counts["sources_found"] == counts["sources_written"] + len(failures) + len(skipped) == len(rows)
+    assert sum(row["clips"] for row in rows) == counts["clips"] == len(infos)
+    return SimpleNamespace(index=index, infos=infos, classes=index["classes"], counts=counts, failures=failures,
+                           skipped=skipped,
                            by_source={info["source"]: info for info in infos.values()})

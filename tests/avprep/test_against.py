@@ -9,6 +9,7 @@ import tarfile
 import numpy as np
 import pytest
 
+from avprep import manifest
 from avprep.inspect import against
 from avprep.shards import read_samples
 
@@ -53,22 +54,23 @@ def raw(ffmpeg, tmp_path_factory):
 @pytest.fixture(scope="module")
 def shards(raw, avprep):
     """The folder with their index."""
-    done = avprep("build", "--dataset", "folder", "--raw", raw, "--out", raw.parent / "out", "--shard-mb", 0.3)
+    done = avprep("build", "--dataset", "folder", "--raw", raw, "--out", raw.parent / "out", "--shard-mb", 0.1)
     assert done.returncode == 0 and "0 failed" in done.stdout, done.stderr + done.stdout
     return raw.parent / "out" / "folder" / "train"
 
 
 def _members(shards):
     index = json.loads((shards / "index.json").read_text())
-    return {key: members for entry in index["shardlist"] for key, members in read_samples(shards / entry["url"])}
+    return {sample.key: sample.members for entry in index["shardlist"]
+            for sample in read_samples(shards / entry["url"])}
 
 
 def _rewrite(shards, changed):
     """Put other members into the shards; the index knows of it."""
-    index = json.loads((shards / "index.json").read_text())
+    index, rows = json.loads((shards / "index.json").read_text()), []
     for entry in index["shardlist"]:
         path = shards / entry["url"]
-        samples = {key: {**members, **changed.get(key, {})} for key, members in read_samples(path)}
+        samples = {sample.key: {**sample.members, **changed.get(sample.key, {})} for sample in read_samples(path)}
         with tarfile.open(path, "w") as tar:
             for key, members in samples.items():
                 for ending, content in members.items():
@@ -76,6 +78,12 @@ def _rewrite(shards, changed):
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
         entry["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        entry["filesize"] = path.stat().st_size
+        rows += [manifest.clip_row(json.loads(sample.members["json"]), path.name, sample.places)
+                 for sample in read_samples(path)]
+    content = manifest.parquet_of(manifest.table_of(rows, manifest.CLIPS_SCHEMA))
+    (shards / manifest.CLIPS).write_bytes(content)
+    index["manifest"] = [manifest.entry_of(manifest.CLIPS, content, len(rows)), index["manifest"][1]]
     (shards / "index.json").write_text(json.dumps(index))
 
 

@@ -47,7 +47,8 @@ def events_s(ffmpeg, avprep, tmp_path_factory):
     done = avprep("build", "--dataset", "folder", "--raw", raw, "--out", raw.parent)
     assert done.returncode == 0, done.stderr
     found = {}
-    for _, members in read_samples(raw.parent / "folder" / "train" / "train-000000.tar"):
+    for sample in read_samples(raw.parent / "folder" / "train" / "train-000000.tar"):
+        members = sample.members
         info = json.loads(members["json"])
         with av.open(io.BytesIO(members["mp4"])) as container:
             bright = [frame.to_ndarray(format="gray").mean() > 128 for frame in container.decode(video=0)]
@@ -73,7 +74,8 @@ def test_second_window_is_aligned_too(ffmpeg, avprep, tmp_path):
     done = avprep("build", "--dataset", "folder", "--raw", raw, "--out", tmp_path, "--frames", 32)
     assert done.returncode == 0, done.stderr
     found = {}
-    for key, members in read_samples(tmp_path / "folder" / "train" / "train-000000.tar"):
+    for sample in read_samples(tmp_path / "folder" / "train" / "train-000000.tar"):
+        key, members = sample.key, sample.members
         with av.open(io.BytesIO(members["mp4"])) as container:
             bright = [frame.to_ndarray(format="gray").mean() > 128 for frame in container.decode(video=0)]
         loud = np.load(io.BytesIO(members["logmel.npy"])).astype(np.float32).max(axis=0) > 0

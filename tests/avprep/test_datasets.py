@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pyarrow.parquet as pq
 import pytest
 
 from avprep.datasets import DATASETS
@@ -42,9 +43,10 @@ def _build(avprep, tmp_path, dataset, split):
 def _read(tmp_path, dataset, split):
     folder = tmp_path / "out" / dataset / split
     index = json.loads((folder / "index.json").read_text())
-    infos = {key: json.loads(members["json"]) for entry in index["shardlist"]
-             for key, members in read_samples(folder / entry["url"])}
-    skipped = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    infos = {sample.key: json.loads(sample.members["json"]) for entry in index["shardlist"]
+             for sample in read_samples(folder / entry["url"])}
+    skipped = [{"path": row["name"], **row} for row in pq.read_table(folder / "sources.parquet").to_pylist()
+               if row["status"] == "skipped"]
     return index, infos, skipped
 
 

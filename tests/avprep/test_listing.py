@@ -63,16 +63,17 @@ def test_one_name_in_two_folders_of_a_dataset_without_folders_in_its_keys(put, t
 
 def test_scratch_files_differ_where_a_file_system_takes_a_for_A(put, tmp_path, monkeypatch, short_video):
     import avprep.build as building
+    from avprep import making
     from avprep.spec import ClipSpec
 
     put(short_video, "a.mp4", "A.mp4")
-    scratch, make_clip = [], building.make_clip
+    scratch, make_clip = [], making.make_clip
 
     def noting(window, spec, dataset, split, path, timeout_s):
         scratch.append(path.name.casefold())
         return make_clip(window, spec, dataset, split, path, timeout_s)
 
-    monkeypatch.setattr(building, "make_clip", noting)
+    monkeypatch.setattr(making, "make_clip", noting)
     building.build_split(building.BuildOptions("folder", tmp_path / "raw", tmp_path, ClipSpec(), 1, 10**6, 60), "train")
     assert len(set(scratch)) == len(scratch) == 2
 

@@ -59,17 +59,17 @@ def test_files_and_folders_without_permission(put, build, tmp_path, short_video)
 
 def test_a_file_that_goes_away_during_the_build(put, tmp_path, monkeypatch, short_video):
     import avprep.build as building
+    from avprep import making
     from avprep.spec import ClipSpec
 
     put(short_video, "a.mp4", "b.mp4")
-    probe_all = building.probe_all
+    windows = making.windows
 
     def taking_one_away(*arguments):
-        result = probe_all(*arguments)
-        (tmp_path / "raw/a.mp4").unlink()
-        return result
+        (tmp_path / "raw/a.mp4").unlink(missing_ok=True)
+        return windows(*arguments)
 
-    monkeypatch.setattr(building, "probe_all", taking_one_away)
+    monkeypatch.setattr(making, "windows", taking_one_away)
     report = building.build_split(
         building.BuildOptions("folder", tmp_path / "raw", tmp_path, ClipSpec(), 1, 10**6, 60), "train")
     assert (report.written, sum(report.failed.values())) == (1, 1)

@@ -4,6 +4,7 @@ import gc
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 from itertools import islice
 
@@ -40,6 +41,17 @@ def test_plain_webdataset(shards):
         assert set(sample) >= {"mp4", "logmel.npy", "json"}
         assert sample["logmel.npy"].shape == (80, 1920) and sample["logmel.npy"].dtype == np.float16
         assert sample["json"]["key"] == sample["__key__"] and sample["json"]["frames"] == 480
+
+
+def test_tars_are_complete_by_themselves(shards, tmp_path):
+    """Neither the index nor the tables are there."""
+    tars = [shutil.copy(url, tmp_path) for url in _urls(shards)]
+    assert len(list(webdataset.WebDataset(tars, shardshuffle=False).decode())) == 10
+    for path in tars:
+        with tarfile.open(path) as tar:
+            assert [name.partition(".")[2] for name in tar.getnames()] == ["json", "logmel.npy", "mp4"]
+            assert {(member.uname, member.gname, member.uid, member.gid, member.mtime, member.mode)
+                    for member in tar} == {("", "", 0, 0, 0, 0o644)}
 
 
 def test_index_describes_the_shards(shards):

@@ -4,6 +4,7 @@ import json
 import struct
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from clock import PICTURE, SOUND, picture, read, sound, source
 
@@ -249,6 +250,10 @@ def test_lengths_that_are_a_guess_or_are_not_there(ffmpeg, built, tmp_path, kind
     assert loud.sum() == pytest.approx(len(loud) / 2, abs=10) and loud[len(loud) // 2 + 5:].all()
 
 
+def _sources(tmp_path):
+    return pq.read_table(tmp_path / "out/folder/train/sources.parquet").to_pylist()
+
+
 def test_what_was_promised_and_what_came_is_in_the_account(ffmpeg, master, built, tmp_path):
     ffmpeg("-t", 40, "-i", master, *H264, *AAC, tmp_path / "raw/wrong.mp4")
     _track_lengths(tmp_path / "raw/wrong.mp4", 1 / 30)
@@ -260,8 +265,8 @@ def test_what_was_promised_and_what_came_is_in_the_account(ffmpeg, master, built
     assert failure["clips_written"] >= 1  # what came is kept
     cut = [clip for clip in clips if clip.info["source"] == "cut.mkv"]
     assert sum(clip.info["frames"] for clip in cut) / 16 == pytest.approx(40 * 2 / 3, abs=3)
-    remarks = [json.loads(line) for line in (tmp_path / "out/folder/train/remarks.jsonl").read_text().splitlines()]
-    assert [line["path"] for line in remarks] == ["wrong.mp4"]
+    remarks = [row for row in _sources(tmp_path) if row["promised_s"] is not None]
+    assert [row["name"] for row in remarks] == ["wrong.mp4"]
     assert remarks[0]["promised_s"] == pytest.approx(40 / 30, abs=0.1)
     assert remarks[0]["came_s"] == pytest.approx(40, abs=0.1)
 
@@ -272,7 +277,8 @@ def test_pictures_without_a_time_of_decoding_are_no_new_clock(ffmpeg, built, tmp
            "pcm_s16le", tmp_path / "raw/x.mkv")
     [clip], _ = built()
     assert clip.info["frames"] == 89 and abs(clip.info["sound_s"] - 6) < 0.01  # 5.54 and 6 s, not more
-    assert not (tmp_path / "out/folder/train/remarks.jsonl").read_text()
+    [row] = _sources(tmp_path)
+    assert (row["status"], row["promised_s"], row["came_s"]) == ("written", None, None)
 
 
 @pytest.mark.parametrize(("seconds", "lengths_s"), [(30.9, [30]), (32.5, [30, 2.5]), (1.2, [1.2])])

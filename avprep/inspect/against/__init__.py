@@ -6,11 +6,11 @@ Sources are decoded by other means than `media`'s, and compared clip by clip wit
 from __future__ import annotations
 
 import itertools
-import json
+import os
 import signal
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path, PurePosixPath
@@ -18,17 +18,19 @@ from typing import Any
 
 from av.error import FFmpegError
 
+from avprep.datasets.source import name_of
 from avprep.errors import AvprepError
 from avprep.inspect.against.compare import picture_problems, sound_problems
 from avprep.inspect.against.source import Around, decoded
+from avprep.manifest import places_of, read_clips
 from avprep.progress import progress
-from avprep.shards import read_index
+from avprep.shards import read_at, read_index
 from avprep.spec import ClipSpec
 
 
 @dataclass(frozen=True)
 class StoredClip:
-    """A clip of a shard: what its json claims, and where its members lie in the tar (offset and size by ending)."""
+    """A clip of a shard as its row has it; `members`: offset and size in the tar, by ending."""
 
     shard: Path
     key: str
@@ -39,45 +41,26 @@ class StoredClip:
 
     def member(self, ending: str) -> bytes:
         """The bytes of a member; none if it is absent."""
-        return _read(self.shard, *self.members.get(ending, (0, 0)))
-
-
-def _read(shard: Path, offset: int, size: int) -> bytes:
-    with shard.open("rb") as file:
-        file.seek(offset)
-        return file.read(size)
+        return read_at(self.shard, *self.members[ending]) if ending in self.members else b""
 
 
 def sample(index_path: Path, count: int) -> list[StoredClip]:
-    """Clips spread evenly over the shards of an index, the same ones every time; all if `count` is 0.
+    """Clips spread evenly over the rows of an index, the same ones every time; all if `count` is 0.
 
-    Damaged shards and samples are passed over: `verify` names them.
+    Clips of shards that are missing or not of their size are passed over: `verify` names them.
     """
-    shards = read_index(index_path)["shardlist"]
-    total = sum(entry["nsamples"] for entry in shards)
-    count = min(count or total, total)
-    wanted = {int((number + 0.5) * total / count) for number in range(count)}
-    found: list[StoredClip] = []
-    first = 0
-    for entry in shards:
-        numbers = {number for number in range(entry["nsamples"]) if first + number in wanted}
-        first += entry["nsamples"]
-        try:
-            found += _clips_of(index_path.parent / entry["url"], numbers)
-        except (tarfile.TarError, OSError, AvprepError, KeyError, TypeError, ValueError):
-            continue
-    return found
+    index, folder = read_index(index_path), index_path.parent
+    spec = ClipSpec(**{known.name: index["spec"][known.name] for known in fields(ClipSpec)})
+    clips = read_clips(folder, index)
+    count = min(count or clips.num_rows, clips.num_rows)
+    rows = clips.take([int((number + 0.5) * clips.num_rows / count) for number in range(count)]).to_pylist()
+    whole = {entry["url"] for entry in index["shardlist"] if _is_whole(folder / entry["url"], entry["filesize"])}
+    return [StoredClip(folder / row["shard"], row["key"], row["source"], row["start_s"], spec, places_of(row))
+            for row in rows if row["shard"] in whole]
 
 
-def _clips_of(shard: Path, numbers: set[int]) -> Iterator[StoredClip]:
-    with tarfile.open(shard, "r:") as tar:
-        samples = itertools.groupby(tar, lambda member: member.name.partition(".")[0])
-        for number, (key, members) in enumerate(samples):
-            places = {member.name.partition(".")[2]: (member.offset_data, member.size) for member in members}
-            if number in numbers:
-                info = json.loads(_read(shard, *places["json"]))
-                spec = ClipSpec(**{known.name: info["spec"][known.name] for known in fields(ClipSpec)})
-                yield StoredClip(shard, key, info["source"], float(info["start_s"]), spec, places)
+def _is_whole(shard: Path, size: int) -> bool:
+    return shard.is_file() and shard.stat().st_size == size
 
 
 def differences(clips: list[StoredClip], raw: Path) -> Iterator[str]:
@@ -98,7 +81,16 @@ def differences(clips: list[StoredClip], raw: Path) -> Iterator[str]:
 def _path_of(clip: StoredClip, raw: Path) -> Path | None:
     name = PurePosixPath(clip.source)
     inside = not name.is_absolute() and ".." not in name.parts  # shards may be a stranger's
-    return raw / name if inside and (raw / name).is_file() else None
+    if inside and (raw / name).is_file():
+        return raw / name
+    return _odd_names(raw).get(clip.source)
+
+
+@lru_cache(maxsize=1)
+def _odd_names(raw: Path) -> dict[str, Path]:
+    """Files by the printable name that stands in samples, where that is not their own."""
+    files = (Path(parent, name) for parent, _, names in os.walk(raw) for name in names)
+    return {name: path for path in files if (name := name_of(path, raw)) != path.relative_to(raw).as_posix()}
 
 
 def _compared(ordered: list[StoredClip], raw: Path) -> Iterator[tuple[StoredClip, list[str]]]:

@@ -1,0 +1,124 @@
+"""A shard from its sources, by one worker: files are probed, clips made, and the tar written whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from avprep.clips import Clip, Window, make_clip, windows
+from avprep.crew import Crew
+from avprep.errors import Reason, SourceFailed
+from avprep.manifest import clip_row
+from avprep.plan import ShardTask, shuffled_rank
+from avprep.probe import SAME_LENGTH_S, Media
+from avprep.probing import Probed, probe_source
+from avprep.progress import Count
+from avprep.shards import ShardWriter
+from avprep.spec import ClipSpec
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the shards of a split have in common. `folder`: where they go, absolute."""
+
+    folder: Path
+    dataset: str
+    split: str
+    spec: ClipSpec
+    timeout_s: float
+
+    def shard(self, number: int) -> str:
+        """The name of a shard."""
+        return f"{self.split}-{number:06d}.tar"
+
+
+@dataclass
+class _Outcome:
+    """What became of the clips of a source."""
+
+    probed: Probed
+    written: int = 0
+    failures: list[SourceFailed] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        media = self.probed.media
+        failure = media if isinstance(media, SourceFailed) else next(iter(self.failures), None) or _broken_off(media)
+        result = {
+            "key": self.probed.source.key, "taken": self.probed.number,
+            "files": [found.reason.value if isinstance(found, SourceFailed) else None for found in self.probed.found],
+            "failure": reason_of(failure) if failure else None,
+            "clips_written": self.written, "clips_failed": len(self.failures)}
+        if isinstance(media, Media) and media.promised_s is not None and not failure and (
+                abs(media.promised_s - media.length_s) > SAME_LENGTH_S):
+            result |= {"promised_s": round(media.promised_s, 3), "came_s": round(media.length_s, 3)}
+        return result
+
+
+def reason_of(failure: SourceFailed) -> dict[str, str]:
+    """A failure as it stands in failures.jsonl."""
+    return {"stage": failure.stage, "reason": failure.reason.value, "detail": failure.detail}
+
+
+def _broken_off(media: Media) -> SourceFailed | None:
+    if not media.broken_off:
+        return None
+    return SourceFailed("probe", Reason.TRUNCATED, f"{media.length_s:.1f} of "
+                        f"{media.promised_s or media.length_s:.1f} s are there")
+
+
+def make_shard(task: ShardTask, crew: Crew, count: Count, job: Job) -> dict[str, Any]:
+    """Make one shard.
+
+    Returns:
+        All that the planner needs to know of it, fit for JSON: `fingerprint` of the task; `shard`, its entry in the
+        index, None if not one clip could be made; `clips`, the rows of its clips; `sources`, what became of each.
+    """
+    outcomes: dict[str, _Outcome] = {}  # by the source's key
+    rows: list[dict[str, Any]] = []
+    url, shard = job.shard(task.number), None
+    todo = _windows(task, crew, count, job.spec, outcomes)
+    made = crew.make(partial(_make, job=job), todo)
+    with closing(todo), closing(made), ShardWriter(job.folder / url) as writer:
+        for key, result in made:
+            if isinstance(result, SourceFailed):
+                outcomes[key].failures.append(result)
+            else:
+                outcomes[key].written += 1
+                rows.append(clip_row(result.info, url, writer.add(result)))
+            count.add()
+        if rows:
+            shard = writer.finish()
+    return {"fingerprint": task.fingerprint, "shard": shard, "clips": rows,
+            "sources": [outcome.to_json() for outcome in outcomes.values()]}
+
+
+def _windows(task: ShardTask, crew: Crew, count: Count, spec: ClipSpec,
+             outcomes: dict[str, _Outcome]) -> Generator[Window, None, None]:
+    with crew.turn:
+        for probed in crew.read_ahead(partial(probe_source, read=crew.readers.read), task.sources):
+            outcomes[probed.source.key] = _Outcome(probed)
+            found = _windows_of(outcomes[probed.source.key], spec)
+            count.expect(len(found) - 1)  # before it was probed, it counted as one clip
+            yield from found
+
+
+def _windows_of(outcome: _Outcome, spec: ClipSpec) -> list[Window]:
+    media = outcome.probed.media
+    try:
+        return [] if isinstance(media, SourceFailed) else windows(outcome.probed.taken, media, spec)
+    except SourceFailed as failure:
+        outcome.failures.append(failure)
+        return []
+
+
+def _make(window: Window, job: Job) -> tuple[str, Clip | SourceFailed]:
+    # Not the key itself: on a file system that takes A for a, two keys may be one name.
+    scratch = job.folder / ".build" / "scratch" / f"{shuffled_rank(window.key).hex()}.mp4"
+    try:
+        return window.source.key, make_clip(window, job.spec, job.dataset, job.split, scratch, job.timeout_s)
+    except SourceFailed as failure:
+        return window.source.key, failure
