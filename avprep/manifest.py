@@ -103,7 +103,9 @@ def _read(folder: Path, index: dict[str, Any], name: str, schema: pa.Schema, col
         if hashlib.sha256(content).hexdigest() != entry["sha256"]:
             raise AvprepError(f"{path} is not the one that the index describes: delete the index and run "
                               "`avprep build` again")
-        table = pq.read_table(io.BytesIO(content), columns=columns)
+        # By this thread alone: a thread of pyarrow's pool that still runs when the command ends aborts the process.
+        with pq.ParquetFile(pa.BufferReader(content), pre_buffer=False) as file:
+            table = file.read(columns=columns, use_threads=False)
     except (OSError, KeyError, ValueError) as error:  # pyarrow's errors are such, too
         raise AvprepError(f"{path} can't be read: {error}") from error
     wanted = schema if columns is None else pa.schema([schema.field(column) for column in columns])

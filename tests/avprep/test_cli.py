@@ -105,3 +105,9 @@ def test_builds_where_no_ffmpeg_is_installed(small_demo, tmp_path):
          str(tmp_path), "--limit", "1"], capture_output=True, text=True, check=False,
         env={**os.environ, "PATH": str(tmp_path)})
     assert done.returncode == 0 and "1 files found = 1 written" in done.stdout, done.stderr
+
+
+def test_commands_end_well_every_time(avprep, demo_shards):
+    """A thread of pyarrow's that still ran at the end would abort the process, now and then."""
+    codes = [avprep("info", demo_shards).returncode for _ in range(12)]
+    assert codes == [0] * 12
