@@ -24,6 +24,7 @@ SAME_LENGTH_S = 0.1
 # new clock's. Where there is one, packets of the old and the new clock come mixed: then half a jump ahead is one too.
 _CLOCK_BACK_S, _CLOCK_AHEAD_S, _CLOCK_NEAREST_S = 0.1, 60.0, 1.0
 _PAUSE_S = 1.0  # of sound
+_WAV_HEAD_BYTES, _WAV_UNKNOWN = 1 << 16, 0x7FFFFFFF
 # libav's flags of a format: positions are found by reading from the start; the clock may begin anew.
 _GENERIC_INDEX, _CLOCK_MAY_JUMP = 0x100, 0x200
 _HDR_TRANSFERS = frozenset({16, 18})  # PQ (SMPTE 2084) and HLG (ARIB B67), as ITU-T H.273 numbers them
@@ -80,7 +81,7 @@ def probe(path: Path) -> Media:
             streams = [stream for stream in (video, audio) if stream is not None]
             if not streams:
                 raise SourceFailed("probe", Reason.NO_STREAMS)
-            promised_s = _promised_s(container, streams)
+            promised_s = _wav_promised_s(path) or _promised_s(container, streams)
             counted = _count_packets(container, streams)
             length_s = promised_s
             if length_s is None or abs(counted.length_s - length_s) > SAME_LENGTH_S:
@@ -119,6 +120,19 @@ def _promised_s(container: av.container.InputContainer, streams: list[av.stream.
         return None
     # Matroska's length counts from 0 wherever the first time stamp is.
     return container.duration / av.time_base - (start_s if start_s > 1 and "matroska" in container.format.name else 0)
+
+
+def _wav_promised_s(path: Path) -> float | None:
+    """What the header of a .wav says, where that is more than the file has: libav counts only what is there."""
+    with path.open("rb") as file:
+        head = file.read(_WAV_HEAD_BYTES)
+    data, form = head.find(b"data", 12), head.find(b"fmt ", 12)
+    if head[:4] != b"RIFF" or head[8:12] != b"WAVE" or min(data, form) < 0 or data + 8 > len(head):
+        return None
+    size, bytes_per_s = (int.from_bytes(head[at:at + 4], "little") for at in (data + 4, form + 16))
+    # Recorders that were never stopped leave 0 or the most that the field holds.
+    stated = 0 < size < _WAV_UNKNOWN and bytes_per_s > 0 and data + 8 + size > path.stat().st_size
+    return size / bytes_per_s if stated else None
 
 
 def _is_broken_off(container: av.container.InputContainer, promised_s: float | None, length_s: float) -> bool:

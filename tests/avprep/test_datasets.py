@@ -78,6 +78,20 @@ def test_kinetics(avprep, video, short, tmp_path, csv_name):
     assert index["counts"]["sources_found"] == 6
 
 
+def test_kinetics_video_that_ends_before_its_moment_is_no_trimmed_one(avprep, video, short, tmp_path):
+    """45 s of a video whose moment is at 60 s: nothing of it has the label. A file of 3 s is the moment itself."""
+    raw = tmp_path / "raw"
+    _put(video, raw / "AAAAAAAAAAA.mp4")
+    _put(short, raw / "BBBBBBBBBBB.mp4")
+    (raw / "train.csv").write_text("Label,youtube_id,time_start,time_end\na,AAAAAAAAAAA,60,70\nb,BBBBBBBBBBB,60,70\n")
+    _build(avprep, tmp_path, "kinetics400", "train")
+    folder = tmp_path / "out/kinetics400/train"
+    [failure] = [json.loads(line) for line in (folder / "failures.jsonl").read_text().splitlines()]
+    assert failure["reason"] == "truncated" and "ends at 45.0 s, before its moment, 60 to 70 s" in failure["detail"]
+    [info] = [json.loads(members["json"]) for path in folder.glob("*.tar") for _, members in read_samples(path)]
+    assert info["labels"] == [1] and info["start_s"] == 0
+
+
 def test_kinetics_all_builds_the_splits_that_are_there(avprep, short, tmp_path):
     raw = tmp_path / "raw"
     for split in ("train", "validate"):

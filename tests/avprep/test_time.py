@@ -325,6 +325,18 @@ def test_silence_that_was_put_in_is_marked(ffmpeg, built, tmp_path):
     assert marks == {"late.mkv": ["filled_silence"], "gap.mkv": ["filled_silence"], "plain.mp4": []}
 
 
+def test_a_wav_that_was_cut_off_is_in_the_account(ffmpeg, built, tmp_path):
+    """libav counts what is there, whatever the header says."""
+    ffmpeg(*sound(40), tmp_path / "whole.wav")
+    content = (tmp_path / "whole.wav").read_bytes()
+    (tmp_path / "raw/cut.wav").write_bytes(content[:len(content) // 2])
+    (tmp_path / "raw/whole.wav").write_bytes(content)
+    clips, [failure] = built()
+    assert (failure["path"], failure["reason"]) == ("cut.wav", "truncated") and "20.0 of 40.0 s" in failure["detail"]
+    assert [(clip.info["source"], round(clip.info["sound_s"])) for clip in clips] == [
+        ("cut.wav", 20), ("whole.wav", 30), ("whole.wav", 10)]
+
+
 @pytest.mark.parametrize("offset_s", [5000, 0.5])
 def test_a_clock_that_begins_late_is_no_broken_file(ffmpeg, master, built, tmp_path, offset_s):
     ffmpeg("-t", 6, "-i", master, *H264, *AAC, "-output_ts_offset", offset_s, tmp_path / "raw/x.mkv")

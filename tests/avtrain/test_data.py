@@ -287,9 +287,10 @@ def test_absent_is_absent_and_short_is_short(mixed):
 def test_unreadable_clips_are_named_and_too_many_stop_the_run(folders, tmp_path):
     source, broken = folders[1] / "test-000000.tar", tmp_path / "test-000000.tar"
     with tarfile.open(source) as tar, tarfile.open(broken, "w") as out:
-        for number, member in enumerate(tar):
+        first = next(member.name for member in tar if member.name.endswith(".mp4"))
+        for member in tar:
             content = tar.extractfile(member).read()
-            out.addfile(member, io.BytesIO(b"\0" * len(content) if number == 0 else content))
+            out.addfile(member, io.BytesIO(b"\0" * len(content) if member.name == first else content))
     index = json.loads((folders[1] / "index.json").read_text())
     index["shardlist"] = index["shardlist"][:1]
     (tmp_path / "index.json").write_text(json.dumps(index))

@@ -29,13 +29,15 @@ _RIGHT = 4  # the rank of what has no problem
 
 def picture_problems(around: Around, mp4: bytes) -> Iterator[str]:
     stored = _stored_pictures(mp4)
-    begins = any(around.start_s <= time_s < around.end_s for time_s, _ in around.pictures)
+    if not around.pictures:  # in a long pause the last picture stays, from before what was looked at
+        return
+    begins = any(time_s < around.end_s for time_s, _ in around.pictures)
     there_s = min(around.end_s, around.picture_ends_s) - around.start_s if begins else 0.0
     pictures = sorted(around.pictures, key=lambda picture: picture[0])
     times_s = np.array([time_s for time_s, _ in pictures])
     step_s = float(np.median(np.diff(times_s))) if len(times_s) > 1 else 0.0
     yield from _length_problem("picture", len(stored) / around.spec.fps, there_s, step_s)
-    if not stored or not pictures:
+    if not stored:
         return
     greys = np.array([grey for _, grey in pictures], np.float32)
     before_s, after_s = np.append(-np.inf, times_s[:-1]), np.append(times_s[1:], np.inf)

@@ -22,7 +22,7 @@ PICTURE_SEARCH_S, SOUND_SEARCH_S = 3.0, 1.5
 _THUMBNAIL_PIXELS = 48
 _MOST_PIXELS = 8192 * 8192
 # Time stamps that jump by more than this begin a new clock: backwards, or ahead where libav's flag allows for it.
-_CLOCK_BACK_S, _CLOCK_AHEAD_S, _CLOCK_MAY_JUMP = 0.1, 10.0, 0x200
+_CLOCK_BACK_S, _CLOCK_AHEAD_S, _CLOCK_MAY_JUMP = 0.1, 60.0, 0x200
 # Sound that lies off its place by more than this comes after a gap; by less, time stamps are rounded.
 _GAP_S = 0.1
 # Picture and sound of one instant lie no further apart in a file than this.
@@ -105,6 +105,7 @@ def _on_one_clock(container: av.container.InputContainer, streams: list[Any]) ->
     may_jump = bool(container.format.flags & _CLOCK_MAY_JUMP)
     shift_s = None if container.start_time is None else -container.start_time / av.time_base
     ends_s: dict[int, float] = {}
+    ahead_s = _CLOCK_AHEAD_S
     for packet in container.demux(streams):
         stamp = packet.dts if packet.dts is not None else packet.pts
         if stamp is None:
@@ -114,7 +115,8 @@ def _on_one_clock(container: av.container.InputContainer, streams: list[Any]) ->
         if packet.dts is not None:  # the time to show it is no measure: pictures come in another order
             time_s = float(packet.dts * packet.time_base) + shift_s
             end_s = ends_s.get(packet.stream.index, time_s)
-            if time_s < end_s - _CLOCK_BACK_S or (may_jump and time_s > end_s + _CLOCK_AHEAD_S):
+            if time_s < end_s - _CLOCK_BACK_S or (may_jump and time_s > max(ends_s.values(), default=time_s) + ahead_s):
+                ahead_s = min(ahead_s, max(1.0, abs(end_s - time_s) / 2))  # packets of both clocks come mixed
                 shift_s += end_s - time_s
                 time_s = end_s
             ends_s[packet.stream.index] = time_s + float((packet.duration or 0) * packet.time_base)
