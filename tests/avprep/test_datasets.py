@@ -88,7 +88,7 @@ def test_kinetics_video_that_ends_before_its_moment_is_no_trimmed_one(avprep, vi
     folder = tmp_path / "out/kinetics400/train"
     [failure] = [json.loads(line) for line in (folder / "failures.jsonl").read_text().splitlines()]
     assert failure["reason"] == "truncated" and "ends at 45.0 s, before its moment, 60 to 70 s" in failure["detail"]
-    [info] = [json.loads(members["json"]) for path in folder.glob("*.tar") for _, members in read_samples(path)]
+    [info] = _read(tmp_path, "kinetics400", "train")[1].values()
     assert info["labels"] == [1] and info["start_s"] == 0
 
 
