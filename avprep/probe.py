@@ -81,12 +81,13 @@ def probe(path: Path) -> Media:
             streams = [stream for stream in (video, audio) if stream is not None]
             if not streams:
                 raise SourceFailed("probe", Reason.NO_STREAMS)
-            promised_s = _wav_promised_s(path) or _promised_s(container, streams)
+            stated_s = _wav_promised_s(path)
+            promised_s = stated_s or _promised_s(container, streams)
             counted = _count_packets(container, streams)
             length_s = promised_s
             if length_s is None or abs(counted.length_s - length_s) > SAME_LENGTH_S:
                 length_s = counted.length_s
-            broken_off = counted.broken or (
+            broken_off = counted.broken or stated_s is not None or (
                 counted.jump_s is None and _is_broken_off(container, promised_s, length_s))
             media = Media(length_s, video.index if video else None, audio.index if audio else None,
                           container.bit_rate or 0, promised_s, broken_off, counted.jump_s,
