@@ -87,7 +87,7 @@ def probe(path: Path) -> Media:
             length_s = promised_s
             if length_s is None or abs(counted.length_s - length_s) > SAME_LENGTH_S:
                 length_s = counted.length_s
-            broken_off = counted.broken or stated_s is not None or (
+            broken_off = counted.broken or (stated_s is not None and _lacks(stated_s, length_s)) or (
                 counted.jump_s is None and _is_broken_off(container, promised_s, length_s))
             media = Media(length_s, video.index if video else None, audio.index if audio else None,
                           container.bit_rate or 0, promised_s, broken_off, counted.jump_s,
@@ -141,6 +141,10 @@ def _is_broken_off(container: av.container.InputContainer, promised_s: float | N
     (bare mp3, AAC and the like), and an mp4's, all of whose packets its tables list."""
     if promised_s is None or container.format.flags & _GENERIC_INDEX or "mp4" in container.format.name.split(","):
         return False
+    return _lacks(promised_s, length_s)
+
+
+def _lacks(promised_s: float, length_s: float) -> bool:
     return promised_s - length_s > max(MISSING_S, MISSING_SHARE * promised_s)
 
 

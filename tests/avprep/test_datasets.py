@@ -19,13 +19,10 @@ def video(ffmpeg, tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def short(ffmpeg, tmp_path_factory):
+@pytest.fixture
+def short(short_video):
     """3 s of the same."""
-    path = tmp_path_factory.mktemp("short") / "short.mp4"
-    ffmpeg("-f", "lavfi", "-i", "testsrc2=s=64x48:r=5:d=3", "-f", "lavfi", "-i", "sine=300:r=16000:d=3",
-           "-c:v", "libx264", "-preset", "ultrafast", "-shortest", path)
-    return path
+    return short_video
 
 
 def _put(source, *places):
