@@ -188,6 +188,8 @@ class TrainingConfig:
     """AdamW's, on all but norms and biases."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this norm; 0: never."""
+    log_every: int = 10
+    """Steps between lines of metrics; a line has the figures of its own step."""
     evaluate_every: int = 5000
     """Steps between evaluations on held-out clips."""
     save_every: int = 1000
@@ -198,7 +200,7 @@ class TrainingConfig:
     """Decides order, views, masks, negatives, dropout and start weights."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "steps", "evaluate_every", "save_every", "keep"):
+        for name in ("batch_size", "accumulate", "steps", "log_every", "evaluate_every", "save_every", "keep"):
             _check(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "at least 1")
         for name in ("learning_rate", "weight_decay", "clip_norm", "seed"):
             _check(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), "at least 0")

@@ -32,8 +32,9 @@ class Batches(Protocol):
         """The batches from that one on, over the epochs and without end, the same every time."""
 
 
-# (batch) -> (loss, figures to log); called with gradients on, inside autocast.
-Step = Callable[[Any], tuple[Tensor, dict[str, float]]]
+# (batch, its number among the parts of the step) -> (loss, figures to log, scalars on the device); called with
+# gradients on, inside autocast.
+Step = Callable[[Any, int], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass
@@ -52,15 +53,15 @@ class Run:
     Args:
         folder: of the run.
         modules: by name; their weights are saved in checkpoints and trained.
-        optimizer: of their parameters; a group with a `rate_scale` gets that share of the learning rate.
+        optimizer: of their parameters, a fused one, which can skip a step by itself; a group with a `rate_scale` gets
+            that share of the learning rate.
         config: schedule, intervals, clipping.
-        generator: of masks, pairs and negatives; its state is saved and restored.
         save_weights: writes what others use of a checkpoint (the model's own file) into its folder.
     """
 
     def __init__(self, folder: RunFolder, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer,
-                 config: TrainingConfig, generator: torch.Generator, save_weights: Callable[[Path], None]) -> None:
-        self.folder, self.modules, self.config, self.generator = folder, modules, config, generator
+                 config: TrainingConfig, save_weights: Callable[[Path], None]) -> None:
+        self.folder, self.modules, self.config = folder, modules, config
         self.position = Position()
         self.bad_steps = 0  # the last ones, in a row, that were not finite
         self._optimizer, self._save_weights = optimizer, save_weights
@@ -84,47 +85,49 @@ class Run:
         if self.position.step == 0:
             self.folder.begin()
         started, self.bad_steps = time.monotonic(), 0
-        buffers = [buffer for module in self.modules.values() for buffer in module.buffers()]
-        good_buffers = [buffer.clone() for buffer in buffers]
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        supply = self._supply(batches)
+        state = _State(list(self.modules.values()), parameters[0].device)
+        supply, span = self._supply(batches), _Span()
         with SummaryWriter(str(self.folder.tensorboard), purge_step=self.position.step + 1) as writer, tqdm(
                 initial=self.position.step, total=end, desc="train", unit="step", **bar_options()) as bar:
             while self.position.step < end and not (max_time_s and time.monotonic() - started >= max_time_s):
                 rate = learning_rate(self.position.step, self.config)
                 for group in self._optimizer.param_groups:
                     group["lr"] = rate * group.get("rate_scale", 1.0)
-                began = time.monotonic()
-                figures, waited_s, clips = self._accumulate(step, supply, autocast)
+                figures = self._accumulate(step, supply, autocast, span)
                 norm = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm or math.inf)
-                if math.isfinite(figures["loss"]) and bool(torch.isfinite(norm)):
-                    self._optimizer.step()
-                    self.bad_steps = 0
-                    _copy(buffers, good_buffers)
-                else:
-                    self.bad_steps += 1
-                    _copy(good_buffers, buffers)  # what is not finite has gone into BatchNorm's averages too
-                    self.position.skipped_steps += 1
+                self._optimizer.found_inf = state.after(figures["loss"], norm)  # type: ignore[attr-defined]
+                self._optimizer.step()
                 self._optimizer.zero_grad(set_to_none=True)
                 self.position.step += 1
-                if self.bad_steps == _MOST_BAD_STEPS:
-                    raise self._diverged()
-                elapsed = time.monotonic() - began
-                figures |= {"learning_rate": rate, "gradient_norm": float(norm), "clips_per_s": clips / elapsed,
-                            "waiting_share": waited_s / elapsed, "memory_mib": _memory_mib(),
-                            "skipped_steps": self.position.skipped_steps}
-                last = self.position.step == end
-                if last or self.position.step % self.config.evaluate_every == 0:
-                    figures |= evaluate()
-                self._log(figures, writer)
                 bar.update()
-                bar.set_postfix(loss=f"{figures['loss']:.3f}", refresh=False)
-                if self.bad_steps == 0 and (last or self.position.step % self.config.save_every == 0):
+                intervals = (self.config.log_every, self.config.evaluate_every, self.config.save_every)
+                logs, evaluates, saves = (self.position.step == end or self.position.step % interval == 0
+                                          for interval in intervals)
+                if not (logs or evaluates or saves):
+                    continue  # the device isn't waited for
+                self._read(state)
+                if self.bad_steps >= _MOST_BAD_STEPS:
+                    raise self._diverged()
+                if logs or evaluates:
+                    line = {name: float(value) for name, value in figures.items()}
+                    line |= {"learning_rate": rate, "gradient_norm": float(norm), **span.figures(),
+                             "memory_mib": _memory_mib(), "skipped_steps": self.position.skipped_steps}
+                    self._log(line | (evaluate() if evaluates else {}), writer)
+                    bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
+                    span = _Span()
+                if saves and self.bad_steps == 0:
                     self.save()
+            self._read(state)
             if self.bad_steps == 0 and self.folder.last_step() != self.position.step:
                 self.save()
         if self.bad_steps and self.folder.last_checkpoint() is None:
             raise self._diverged()
+
+    def _read(self, state: _State) -> None:
+        """Learn from the device how many steps were not finite."""
+        self.bad_steps, skipped = state.read()
+        self.position.skipped_steps += skipped
 
     def _diverged(self) -> AvtrainError:
         return AvtrainError(f"step {self.position.step}: the loss was not finite {self.bad_steps} times in a row; the "
@@ -140,22 +143,21 @@ class Run:
                 self.position.epoch, self.position.batch = self.position.epoch + 1, 0
             yield batch
 
-    def _accumulate(self, step: Step, supply: Iterator[Any],
-                    autocast: Callable[[], Any]) -> tuple[dict[str, float], float, int]:
-        """Gradients of one optimiser step: (mean figures, seconds spent waiting for data, clips)."""
-        parts, waited_s, clips = self.config.accumulate, 0.0, 0
-        total: dict[str, float] = {}
-        for _ in range(parts):
+    def _accumulate(self, step: Step, supply: Iterator[Any], autocast: Callable[[], Any],
+                    span: _Span) -> dict[str, Tensor]:
+        """Gradients of one optimiser step, from all its parts; mean figures."""
+        parts = self.config.accumulate
+        total: dict[str, Tensor] = {}
+        for part in range(parts):
             asked = time.monotonic()
             batch = next(supply)
-            waited_s += time.monotonic() - asked
+            span.took(time.monotonic() - asked, len(batch.keys))
             with autocast():
-                loss, figures = step(batch)
+                loss, figures = step(batch, part)
             (loss / parts).backward()
-            clips += len(batch.keys)
-            for name, value in {"loss": float(loss.detach()), **figures}.items():
-                total[name] = total.get(name, 0.0) + value / parts
-        return total, waited_s, clips
+            for name, value in {"loss": loss.detach(), **figures}.items():
+                total[name] = total[name] + value / parts if name in total else value / parts
+        return total
 
     def _log(self, figures: dict[str, float], writer: Any) -> None:
         self.folder.log({"step": self.position.step, "epoch": self.position.epoch, **figures})
@@ -166,8 +168,7 @@ class Run:
         """Write a checkpoint, whole or not at all, and delete the oldest ones."""
         state = {"modules": {name: module.state_dict() for name, module in self.modules.items()},
                  "optimizer": self._optimizer.state_dict(), "position": vars(self.position),
-                 "generator": self.generator.get_state(), "torch_random": torch.get_rng_state(),
-                 "cuda_random": torch.cuda.get_rng_state_all()}
+                 "torch_random": torch.get_rng_state(), "cuda_random": torch.cuda.get_rng_state_all()}
         return self.folder.save(self.position.step, state, self._save_weights, self.config.keep)
 
     def go_on(self) -> bool:
@@ -191,7 +192,6 @@ class Run:
             raise AvtrainError(f"{self.folder.last_checkpoint()} is of a run with other settings: {reason}; --force "
                                "begins anew") from error
         self.position = Position(**state["position"])
-        self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_random"])
         if state["cuda_random"]:
             torch.cuda.set_rng_state_all(state["cuda_random"])
@@ -199,14 +199,65 @@ class Run:
         return True
 
 
+class _State:
+    """What the device knows of the steps: whether they were finite, and the buffers as of the last that was.
+
+    Only `read` waits for the device. What is not finite goes into BatchNorm's averages too, and would stay there.
+
+    Args:
+        modules: whose buffers are kept.
+        device: of the loss.
+    """
+
+    def __init__(self, modules: list[nn.Module], device: torch.device) -> None:
+        self._in_a_row, self._skipped = torch.zeros((), device=device), torch.zeros((), device=device)
+        of_type: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in (buffer for module in modules for buffer in module.buffers()):
+            of_type.setdefault(buffer.dtype, []).append(buffer)
+        self._buffers = [(buffers, _joined(buffers)) for buffers in of_type.values()]
+
+    @torch.no_grad()
+    def after(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Count the step; where it was not finite, take the buffers back. 1 if it was not, else 0."""
+        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        for buffers, good in self._buffers:
+            good.copy_(torch.where(bad, good, _joined(buffers)))
+            parts = good.split([buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(buffers, [part.view_as(one) for part, one in zip(parts, buffers, strict=True)])
+        self._in_a_row = (self._in_a_row + 1) * bad
+        self._skipped = self._skipped + bad
+        return bad.float()
+
+    def read(self) -> tuple[int, int]:
+        """(the last steps in a row that were not finite, all of them since it was read before)."""
+        found = int(self._in_a_row), int(self._skipped)
+        self._skipped = torch.zeros_like(self._skipped)
+        return found
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+class _Span:
+    """Time and clips since the last line of metrics."""
+
+    def __init__(self) -> None:
+        self._began, self._waited_s, self._clips = time.monotonic(), 0.0, 0
+
+    def took(self, waited_s: float, clips: int) -> None:
+        """A batch came."""
+        self._waited_s, self._clips = self._waited_s + waited_s, self._clips + clips
+
+    def figures(self) -> dict[str, float]:
+        """Clips a second, and the share of the time that was spent waiting for data."""
+        elapsed_s = time.monotonic() - self._began
+        return {"clips_per_s": self._clips / elapsed_s, "waiting_share": self._waited_s / elapsed_s}
+
+
 def last_step(config: TrainingConfig, max_steps: int | None) -> int:
     """Where a call ends: at the schedule's end, or before."""
     return min(config.steps, max_steps or config.steps)
-
-
-def _copy(source: list[Tensor], target: list[Tensor]) -> None:
-    for one, other in zip(source, target, strict=True):
-        other.copy_(one)
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:

@@ -52,11 +52,10 @@ def _cpu_has_bfloat16() -> bool:
         return False
 
 
-def seed_everything(seed: int) -> torch.Generator:
-    """Seed the global generators (start weights, dropout) and return one for all that is drawn by hand."""
+def seed_everything(seed: int) -> None:
+    """Seed the global generators: start weights, dropout. What else is drawn follows from seed, step and place."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    return torch.Generator().manual_seed(seed + 1)
 
 

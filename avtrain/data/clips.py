@@ -72,7 +72,7 @@ class ClipDataset(Dataset[Any]):
         be nothing else."""
         wanted = [Wanted(*one) for one in at]
         batch, filled = self._room(sum(self._rows(one) for one in wanted), self._segments(wanted[0])), 0
-        for one in wanted:
+        for place, one in enumerate(wanted):
             row, rows = self.folder.rows.at(one.place), slice(filled, filled + self._rows(one))
             try:
                 self._fill(row, one, batch.visual[rows], batch.audio[rows], batch.visual_present[rows],
@@ -83,8 +83,9 @@ class ClipDataset(Dataset[Any]):
             filled = rows.stop
             batch.keys += [row.key] * self._rows(one)
             batch.labels += [row.labels] * self._rows(one)
+            batch.places += [place] * self._rows(one)
         return Batch(batch.visual[:filled], batch.audio[:filled], batch.visual_present[:filled],
-                     batch.audio_present[:filled], batch.labels, batch.keys, batch.unreadable)
+                     batch.audio_present[:filled], batch.labels, batch.keys, batch.places, batch.unreadable)
 
     def batch_bytes(self, at: Sequence[tuple[Any, ...]]) -> int:
         """How large the batch of what is wanted can be."""

@@ -29,6 +29,7 @@ class Batch:
         visual_present, audio_present: (batch, segments) boolean.
         labels: indices of the classes of each row's clip.
         keys: of each row's clip.
+        places: of each row's clip among those that were asked for.
         unreadable: one line for every clip that is missing here because it could not be decoded.
     """
 
@@ -38,12 +39,14 @@ class Batch:
     audio_present: Tensor
     labels: list[list[int]]
     keys: list[str]
+    places: list[int] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(visual, audio, visual_present, audio_present) on the device."""
-        return (self.visual.to(device), self.audio.to(device), self.visual_present.to(device),
-                self.audio_present.to(device))
+        """(visual, audio, visual_present, audio_present) on the device. From pinned memory nothing is waited for."""
+        here = (self.visual, self.audio, self.visual_present, self.audio_present)
+        visual, audio, visual_present, audio_present = (tensor.to(device, non_blocking=True) for tensor in here)
+        return visual, audio, visual_present, audio_present
 
 
 class Supplier(Protocol):

@@ -30,6 +30,14 @@ class LocalEmbeddings(NamedTuple):
     visual_local: Tensor   # (batch, segments, D)
     audio_local: Tensor    # (batch, segments, D)
 
+    def pooled(self, modality: int) -> Tensor:
+        """Of `VISUAL` or `AUDIO`, from the CNN."""
+        return (self.visual_pooled, self.audio_pooled)[modality]
+
+    def local(self, modality: int) -> Tensor:
+        """Of `VISUAL` or `AUDIO`, projected."""
+        return (self.visual_local, self.audio_local)[modality]
+
 
 class Tokens(NamedTuple):
     """What the Transformers make of them, BOS first; zeros where a segment or a whole modality is absent."""
@@ -99,11 +107,14 @@ class AVBert(nn.Module):
         return AVBertOutput(*local, *tokens)
 
     def embed(self, visual: Tensor | None, audio: Tensor | None, visual_present: Tensor | None = None,
-              audio_present: Tensor | None = None) -> tuple[LocalEmbeddings, Tensor, Tensor]:
+              audio_present: Tensor | None = None,
+              here: tuple[Tensor | None, Tensor | None] = (None, None)) -> tuple[LocalEmbeddings, Tensor, Tensor]:
         """Each segment by itself: CNN, global average, Linear, LayerNorm.
 
         Args:
             visual, audio, visual_present, audio_present: as in `forward`.
+            here: (visual, audio) positions of the present segments, clip * segments + segment; where they are given,
+                the device isn't waited for.
 
         Returns:
             The embeddings, and both presence masks, (batch, segments), filled in where they were None.
@@ -112,8 +123,9 @@ class AVBert(nn.Module):
             ValueError: as `forward`.
         """
         batch, segments = self._clip_shape(visual, audio, visual_present, audio_present)
-        visual_pooled, visual_present = self._pool(self.visual_cnn, visual, visual_present, batch, segments)
-        audio_pooled, audio_present = self._pool(self.audio_cnn, audio, audio_present, batch, segments)
+        visual_pooled, visual_present = self._pool(self.visual_cnn, visual, visual_present, here[VISUAL], batch,
+                                                   segments)
+        audio_pooled, audio_present = self._pool(self.audio_cnn, audio, audio_present, here[AUDIO], batch, segments)
         visual_local = self.visual_norm(self.visual_projection(visual_pooled)) * visual_present.unsqueeze(-1)
         audio_local = self.audio_norm(self.audio_projection(audio_pooled)) * audio_present.unsqueeze(-1)
         return LocalEmbeddings(visual_pooled, audio_pooled, visual_local, audio_local), visual_present, audio_present
@@ -188,21 +200,30 @@ class AVBert(nn.Module):
                                  "segments are wanted")
         return batch, segments
 
-    def _pool(self, cnn: VisualCNN | SlowFastCNN | AudioCNN, x: Tensor | None, present: Tensor | None, batch: int,
-              segments: int) -> tuple[Tensor, Tensor]:
+    def _pool(self, cnn: VisualCNN | SlowFastCNN | AudioCNN, x: Tensor | None, present: Tensor | None,
+              here: Tensor | None, batch: int, segments: int) -> tuple[Tensor, Tensor]:
         """(batch, segments, channels) from the present segments alone, zeros elsewhere; and the mask."""
         if x is not None and present is None:
             return (self._run(cnn, x.flatten(0, 1)).view(batch, segments, -1),
                     torch.ones(batch, segments, dtype=torch.bool, device=x.device))
         if x is None or present is None:
-            return (self.bos.new_zeros(batch, segments, cnn.outputs),
-                    torch.zeros(batch, segments, dtype=torch.bool, device=self.bos.device))
-        here = present.flatten().nonzero().squeeze(1)
+            present = torch.zeros(batch, segments, dtype=torch.bool, device=self.bos.device)
+            return self._nothing(cnn, batch, segments), present
+        here = present.flatten().nonzero().squeeze(1) if here is None else here
         if len(here) == 0:  # a BatchNorm has no statistics of nothing
-            return self.bos.new_zeros(batch, segments, cnn.outputs), present
+            return self._nothing(cnn, batch, segments), present
+        if len(here) == batch * segments:
+            return self._run(cnn, x.flatten(0, 1)).view(batch, segments, -1), present
         pooled = self._run(cnn, x.flatten(0, 1)[here])
         everywhere = pooled.new_zeros(batch * segments, cnn.outputs).index_copy(0, here, pooled)
         return everywhere.view(batch, segments, -1), present
+
+    def _nothing(self, cnn: VisualCNN | SlowFastCNN | AudioCNN, batch: int, segments: int) -> Tensor:
+        """Zeros, with a gradient of zero for every parameter: processes of one run must all have the same ones."""
+        zeros = self.bos.new_zeros(batch, segments, cnn.outputs)
+        if torch.is_grad_enabled():
+            zeros = zeros + 0 * torch.stack([parameter.sum() for parameter in cnn.parameters()]).sum()
+        return zeros
 
     def _run(self, cnn: nn.Module, segments: Tensor) -> Tensor:
         """The CNN on (segments, ...): at once, or a few at a time with recomputation in the backward pass."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,15 +11,28 @@ from torch import Tensor
 from avtrain.config import Config
 from avtrain.data.clips import ClipDataset
 from avtrain.data.handover import in_flight_bytes
-from avtrain.data.loader import batches, readable
+from avtrain.data.loader import Batch, batches, readable
+from avtrain.data.manifest import video_of
 from avtrain.data.order import at_epoch, batches_of, epoch_order
 from avtrain.data.shards import ShardFolder
-from avtrain.models.avbert import AVBert
-from avtrain.pretraining.objectives import AUDIO, VISUAL, MaskedPass, Objectives
+from avtrain.models.avbert import LocalEmbeddings, Tokens
+from avtrain.pretraining.draw import Draw, drawn
+from avtrain.pretraining.module import Pretraining
+from avtrain.pretraining.noise import hashed, uniforms
+from avtrain.pretraining.objectives import AUDIO, VISUAL, Objectives, present_rows
 from avtrain.runtime import Runtime
 
 CANDIDATES = 100
 _SEED = 12_345
+_CANDIDATE = 100  # what a number is for, beside draw.py's
+
+
+class _Seen(NamedTuple):
+    """A batch whose own sounds were kept."""
+
+    embedded: LocalEmbeddings
+    tokens: Tokens
+    draw: Draw
 
 
 class HeldOut:
@@ -26,23 +40,24 @@ class HeldOut:
 
     Args:
         folder: the held-out shards.
-        config: data and batch size of the run.
+        config: data, batch size and objectives of the run.
         runtime: device and precision.
     """
 
     def __init__(self, folder: ShardFolder, config: Config, runtime: Runtime) -> None:
         self._dataset = ClipDataset(folder, config.data, None)
         self._workers, self._runtime, self._clips = config.data.workers, runtime, folder.clips
+        self._objectives, self._size = config.objectives, config.training.batch_size // config.training.accumulate
         order = epoch_order(folder.clips_of_shards, _SEED, 0, len(folder.shards))
-        self._places = batches_of(order, config.training.batch_size // config.training.accumulate)
+        self._places = batches_of(order, self._size)
 
     def in_flight_bytes(self) -> int:
         """Shared memory that the workers' batches can take."""
         return in_flight_bytes(self._dataset.batch_bytes(next(at_epoch(self._places, 0))), self._workers)
 
     @torch.no_grad()
-    def figures(self, model: AVBert, objectives: Objectives) -> dict[str, float]:
-        """Means over the held-out clips, each figure named test_*; the model is left in the mode it was in.
+    def figures(self, network: Pretraining) -> dict[str, float]:
+        """Means over the held-out clips, each figure named test_*; the network is left in the mode it was in.
 
         `test_masked_top1_*`: how often the true embedding of a hidden segment scores highest among itself and 99 drawn
         at random from all other held-out segments, or all of them where there are fewer.
@@ -51,54 +66,60 @@ class HeldOut:
         Raises:
             AvtrainError: more than 1 % of the clips can't be decoded.
         """
-        was_training = model.training
-        model.eval()
-        objectives.eval()
-        generator = torch.Generator().manual_seed(_SEED)
+        was_training = network.training
+        network.eval()
+        model, objectives = network.model, network.objectives
         sums: dict[str, float] = defaultdict(float)
         counts: dict[str, int] = defaultdict(int)
-        passes: list[MaskedPass] = []
-        for batch in readable(batches(self._dataset, at_epoch(self._places, 0), self._workers), self._clips):
+        passes: list[_Seen] = []
+        for number, batch in enumerate(readable(batches(self._dataset, at_epoch(self._places, 0), self._workers),
+                                                self._clips)):
+            draws = [self._drawn(batch, number, pairs) for pairs in (True, False)]
             with self._runtime.autocast():
-                embedded = model.embed(*batch.tensors(self._runtime.device))
-                result = objectives(model, embedded, generator)
-                passes.append(objectives.masked_pass(model, embedded, generator, wrong_pairs=False))
+                embedded, *_ = model.embed(*batch.tensors(self._runtime.device), draws[0].here)
+                result = objectives(model, embedded, draws[0])
+                passes.append(_Seen(embedded, objectives.tokens(model, embedded, draws[1]), draws[1]))
             for name, value in {"loss": result.loss, **result.figures()}.items():
                 sums[name] += float(value) * len(batch.keys)
                 counts[name] += len(batch.keys)
         figures = {f"test_{name}": sums[name] / counts[name] for name in sums}
         for predictor in objectives.predictors:
-            found = self._masked_top1(objectives, passes, predictor, generator)
+            found = self._masked_top1(objectives, passes, predictor)
             if found is not None:
                 figures[f"test_masked_top1_{predictor}"], figures[f"test_chance_masked_top1_{predictor}"] = found
-        model.train(was_training)
-        objectives.train(was_training)
+        network.train(was_training)
         return figures
 
-    def _masked_top1(self, objectives: Objectives, passes: list[MaskedPass], predictor: str,
-                     generator: torch.Generator) -> tuple[float, float] | None:
+    def _drawn(self, batch: Batch, number: int, pairs: bool) -> Draw:
+        """As in training; the first draw is with other clips' sounds, or every clip keeps its own."""
+        config = self._objectives
+        draw = drawn(batch.visual_present, batch.audio_present, [video_of(key) for key in batch.keys],
+                     [number * self._size + place for place in batch.places], _SEED, int(not pairs), config.mask_rate,
+                     config.draws if pairs else 1, pairs and config.pair > 0)
+        return draw.to(self._runtime.device)
+
+    def _masked_top1(self, objectives: Objectives, passes: list[_Seen], predictor: str) -> tuple[float, float] | None:
         """The figure and chance; None where there is nothing to predict."""
         modality = VISUAL if predictor.endswith("visual") else AUDIO
-        pool = torch.cat([seen.local[modality][seen.present[modality]] for seen in passes])
+        pool = torch.cat([present_rows(seen.embedded.local(modality), seen.draw, modality) for seen in passes])
         hits = positions = before = 0
         for seen in passes:
-            present = seen.present[modality]
-            numbers = before + present.flatten().cumsum(0) - 1
-            true = numbers[seen.predicted[modality].flatten()]
-            before += int(present.sum())
+            predicted = seen.draw.predicted[modality]
+            true = predicted.targets + before
+            before += len(seen.draw.here[modality])
             if len(true):
-                candidates = torch.cat((true[:, None], random_others(true, len(pool), CANDIDATES - 1, generator)), 1)
+                candidates = torch.cat((true[:, None], random_others(true, len(pool), CANDIDATES - 1)), 1)
                 used, candidates = candidates.unique(return_inverse=True)
                 with self._runtime.autocast():
-                    scores = objectives.scores(seen, predictor, pool[used], candidates)
+                    scores = objectives.scores(seen.tokens, predictor, predicted.outputs, pool[used], candidates)
                 hits += int((scores[:, :1] > scores[:, 1:]).all(1).sum())
                 positions += len(true)
         return (hits / positions, 1 / min(CANDIDATES, len(pool))) if positions else None
 
 
-def random_others(true: Tensor, size: int, count: int, generator: torch.Generator) -> Tensor:
+def random_others(true: Tensor, size: int, count: int) -> Tensor:
     """For each of `true`, `count` different numbers below `size`, none of them itself: (len(true), count or fewer)."""
-    draw = torch.rand(len(true), size, generator=generator).to(true.device)
-    draw.scatter_(1, true[:, None], -1.0)
-    return draw.topk(min(count, size - 1), 1).indices
-
+    names = torch.arange(size)
+    draw = uniforms(hashed(_SEED, _CANDIDATE, true.cpu()[:, None], names), torch.float64)
+    draw.scatter_(1, true.cpu()[:, None], -1.0)
+    return draw.topk(min(count, size - 1), 1).indices.to(true.device)

@@ -6,6 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from avtrain.pretraining.noise import mixed_in, uniforms
+
+_AT_ONCE = 2**22  # pairs of anchor and candidate
+
 
 def sampling_weights(embeddings: Tensor, anchors: Tensor, sampling: str, keep_percent: float) -> Tensor:
     """How likely each candidate is to be drawn first, for each anchor.
@@ -21,13 +25,14 @@ def sampling_weights(embeddings: Tensor, anchors: Tensor, sampling: str, keep_pe
         keep_percent: width of the interval of distances that is kept.
 
     Returns:
-        (anchors, candidates) float32, not normalised, 0 for what must not be drawn.
+        (anchors, candidates), not normalised, 0 for what must not be drawn; float64 of float64, else float32.
     """
-    itself = F.one_hot(anchors, len(embeddings)).bool()
+    dtype = torch.promote_types(embeddings.dtype, torch.float32)
+    itself = anchors[:, None] == torch.arange(len(embeddings), device=anchors.device)
     if sampling == "random":
-        return (~itself).float()
+        return (~itself).to(dtype)
     with torch.autocast(embeddings.device.type, enabled=False):
-        unit = F.normalize(embeddings.detach().float(), dim=1)
+        unit = F.normalize(embeddings.detach().to(dtype), dim=1)
         # From the inner product: a fraction of the memory of all differences, and exact enough to rank.
         distance = (2 - 2 * unit[anchors] @ unit.T).clamp(min=0).sqrt()
     nearest = distance.masked_fill(itself, torch.inf).amin(1, keepdim=True)
@@ -42,23 +47,34 @@ def sampling_weights(embeddings: Tensor, anchors: Tensor, sampling: str, keep_pe
     return weights.clamp(min=1e-6) * kept
 
 
-def sample_negatives(embeddings: Tensor, anchors: Tensor, count: int, sampling: str, keep_percent: float,
-                     generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def sample_negatives(embeddings: Tensor, anchors: Tensor, noise: Tensor, places: Tensor, count: int, sampling: str,
+                     keep_percent: float) -> tuple[Tensor, Tensor]:
     """Draw negatives without replacement, with probability following `sampling_weights`. No gradient flows.
+
+    Anchors are taken some at a time: a batch of 256 clips has 3,840 candidates, and all of them for all anchors and
+    draws would grow with the square.
 
     Args:
         embeddings, anchors, sampling, keep_percent: as in `sampling_weights`.
+        noise: (anchors,) int64, a hash for each anchor.
+        places: (candidates,) int64, what the candidates are called; with the hash it decides.
         count: negatives an anchor; fewer where there are fewer candidates.
-        generator: on the CPU.
 
     Returns:
         indices: (anchors, up to count) into `embeddings`.
         valid: the same shape, False where an anchor has no more candidates.
     """
+    if not len(anchors):
+        return anchors.new_zeros(0, 0), anchors.new_zeros(0, 0, dtype=torch.bool)
+    indices, valid = [], []
     with torch.no_grad():
-        weights = sampling_weights(embeddings, anchors, sampling, keep_percent)
-        # The largest of log-weight plus Gumbel noise is a draw by weight; the k largest, k draws without replacement.
-        uniform = torch.rand(weights.shape, generator=generator).clamp(min=1e-20).to(weights.device)
-        keys = weights.log() - (-uniform.log()).log()
-        best = keys.topk(min(count, weights.shape[1]), 1)
-        return best.indices, best.values > -torch.inf
+        at_once = max(1, _AT_ONCE // len(places))
+        for first in range(0, len(anchors), at_once):
+            some = slice(first, first + at_once)
+            weights = sampling_weights(embeddings, anchors[some], sampling, keep_percent)
+            # The largest of weight / exponential noise is a draw by weight; the k largest, k without replacement.
+            uniform = uniforms(mixed_in(noise[some, None], places), weights.dtype)
+            best = (weights / -uniform.log()).topk(min(count, weights.shape[1]), 1)
+            indices.append(best.indices)
+            valid.append(best.values > 0)
+    return torch.cat(indices), torch.cat(valid)

@@ -12,10 +12,11 @@ from avtrain.config import TrainingConfig
 _TOKEN_VECTORS = {"bos", "modality", "positions", "mask"}
 
 
-def pretraining_optimizer(modules: dict[str, nn.Module], config: TrainingConfig, **options: Any) -> torch.optim.AdamW:
-    """AdamW of all parameters of these modules; `options` are its own, such as `fused`."""
+def pretraining_optimizer(modules: dict[str, nn.Module], config: TrainingConfig,
+                          fused: bool = True) -> torch.optim.AdamW:
+    """AdamW with AMSGrad of all parameters of these modules, in one kernel."""
     return torch.optim.AdamW(parameter_groups(modules, config.weight_decay), lr=config.learning_rate,
-                             betas=(0.9, 0.98), amsgrad=True, **options)
+                             betas=(0.9, 0.98), amsgrad=True, fused=fused)
 
 
 def parameter_groups(modules: dict[str, nn.Module], weight_decay: float) -> list[dict[str, Any]]:

@@ -14,13 +14,15 @@ from avtrain.config import Config, config_from, config_to
 from avtrain.data.clips import ClipDataset
 from avtrain.data.handover import check_room
 from avtrain.data.loader import Batch, Epochs
+from avtrain.data.manifest import video_of
 from avtrain.data.order import Wanted, at_epoch, batches_of, epoch_order
 from avtrain.data.shards import ShardFolder, open_folders
 from avtrain.engine import Run, last_step
 from avtrain.errors import AvtrainError
-from avtrain.models.avbert import AVBert
+from avtrain.pretraining.draw import Draw, drawn
 from avtrain.pretraining.held_out import HeldOut
-from avtrain.pretraining.objectives import Objectives
+from avtrain.pretraining.module import Pretraining
+from avtrain.pretraining.objectives import ObjectiveResult
 from avtrain.pretraining.optimizer import pretraining_optimizer
 from avtrain.run_folder import CONFIG, RunFolder, check_settings, delete, read_settings, write_settings
 from avtrain.runtime import Runtime, seed_everything
@@ -83,43 +85,51 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     begun = folder.last_step()
     if begun >= last_step(config.training, max_steps):
         return Pretrained(folder, begun, 0, 0)
-    generator = seed_everything(config.training.seed)
-    model = AVBert(config.model).to(runtime.device)
-    objectives = Objectives(config.model, config.objectives).to(runtime.device)
+    seed_everything(config.training.seed)
+    network = Pretraining(config).to(runtime.device)
     supply = epochs_of(train_folder, config)
     held_out = HeldOut(test_folder, config, runtime) if test_folder else None
     check_room(supply.in_flight_bytes() + (held_out.in_flight_bytes() if held_out else 0))
-    modules: dict[str, nn.Module] = {"model": model, "objectives": objectives}
-    run = Run(folder, modules, pretraining_optimizer(modules, config.training), config.training, generator,
-              lambda to: save_model(to / "model.safetensors", model, config))
+    modules: dict[str, nn.Module] = {"model": network.model, "objectives": network.objectives}
+    run = Run(folder, modules, pretraining_optimizer(modules, config.training), config.training,
+              lambda to: save_model(to / "model.safetensors", network.model, config))
     if not run.go_on():
-        first = _tensors(next(supply.starting_at(0, 0)), runtime)
-        model.standardize(*(tensor[:_START_CLIPS] for tensor in first))
+        first = _filled(next(supply.starting_at(0, 0))).tensors(runtime.device)
+        network.model.standardize(*(tensor[:_START_CLIPS] for tensor in first))
         write_settings(out / _INPUTS, inputs)
         write_settings(out / CONFIG, config_to(config))
 
-    def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        result = objectives(model, model.embed(*_tensors(batch, runtime)), generator)
-        return result.loss, {name: float(value) for name, value in result.figures().items()}
+    def step(batch: Batch, part: int) -> tuple[Tensor, dict[str, Tensor]]:
+        draw = draw_for(_filled(batch), config, run.position.step, part).to(runtime.device)
+        result: ObjectiveResult = network(*batch.tensors(runtime.device), draw)
+        return result.loss, result.figures()
 
     def evaluate() -> dict[str, float]:
-        return held_out.figures(model, objectives) if held_out else {}
+        return held_out.figures(network) if held_out else {}
 
-    model.train()
-    objectives.train()
+    network.train()
     run.train(step, supply, runtime.autocast, evaluate, max_steps, max_time_s)
     return Pretrained(folder, run.position.step, run.position.step - begun, run.bad_steps)
 
 
-def _tensors(batch: Batch, runtime: Runtime) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The batch on the device.
+def draw_for(batch: Batch, config: Config, step: int, part: int) -> Draw:
+    """Masks and pairs of the part of that number of a step's batch."""
+    training, objectives = config.training, config.objectives
+    first = part * (training.batch_size // training.accumulate)
+    return drawn(batch.visual_present, batch.audio_present, [video_of(key) for key in batch.keys],
+                 [first + place for place in batch.places], training.seed, step, objectives.mask_rate,
+                 objectives.draws, pairs=objectives.pair > 0 and config.model.fusion != "late")
+
+
+def _filled(batch: Batch) -> Batch:
+    """The batch.
 
     Raises:
         AvtrainError: there is nothing in it.
     """
     if not batch.keys:
         raise AvtrainError(f"not one clip of a batch could be decoded; the first: {batch.unreadable[0]}")
-    return batch.tensors(runtime.device)
+    return batch
 
 
 def _check_same(folder: RunFolder, config: Config, inputs: dict[str, str | None]) -> None:

@@ -125,7 +125,7 @@ def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: C
     Raises:
         AvtrainError: shards and model don't fit; too much is unreadable; the loss stays not finite.
     """
-    generator = seed_everything(seed)
+    seed_everything(seed)
     # BatchNorm's batch is the protocol's, however few segments at a time pretraining had; to save memory: accumulate.
     model.config = dataclasses.replace(model.config, segments_at_once=0)
     classifier = Classifier(model, len(folder.classes), modality, protocol.sequence, protocol.dropout)
@@ -141,7 +141,7 @@ def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: C
     training = TrainingConfig(
         batch_size=protocol.batch_size, accumulate=protocol.accumulate, steps=protocol.epochs * steps_an_epoch,
         learning_rate=protocol.head_rate, warmup=protocol.warmup, weight_decay=protocol.weight_decay, clip_norm=0.0,
-        evaluate_every=steps_an_epoch, save_every=_SAVE_EVERY, keep=1, seed=seed)
+        log_every=1, evaluate_every=steps_an_epoch, save_every=_SAVE_EVERY, keep=1, seed=seed)
 
     def save_weights(to: Path) -> None:
         save_model(to / "model.safetensors", model, Config(model=model.config, data=data),
@@ -155,13 +155,12 @@ def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: C
         dataset, tests = _test_views(folder, validation, data, protocol, modality)
         looked_at = dataset.batch_bytes(tests[0])
         check_room(epochs.in_flight_bytes() + in_flight_bytes(looked_at, data.workers))
-    run = Run(RunFolder(out), {"classifier": classifier}, _optimizer(classifier, protocol), training, generator,
-              save_weights)
+    run = Run(RunFolder(out), {"classifier": classifier}, _optimizer(classifier, protocol), training, save_weights)
     run.go_on()
 
-    def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def step(batch: Batch, part: int) -> tuple[Tensor, dict[str, Tensor]]:
         if not batch.keys:  # with `accumulate`, a part may be a single video
-            return torch.zeros((), requires_grad=True), {}
+            return torch.zeros((), device=runtime.device, requires_grad=True), {}
         logits, counts = classifier(*batch.tensors(runtime.device))
         return _loss(logits, counts, batch.labels, protocol), {}
 
@@ -190,7 +189,7 @@ def _optimizer(classifier: Classifier, protocol: Protocol) -> torch.optim.Optimi
             groups.append({"params": [one for one in parameters if (id(one) not in norms) == decayed],
                            "weight_decay": protocol.weight_decay if decayed else 0.0,
                            "rate_scale": rate / protocol.head_rate})
-    return torch.optim.Adam(groups, lr=protocol.head_rate, eps=protocol.adam_eps)
+    return torch.optim.Adam(groups, lr=protocol.head_rate, eps=protocol.adam_eps, fused=True)
 
 
 def _loss(logits: list[Tensor], counts: Tensor, labels: list[list[int]], protocol: Protocol) -> Tensor:

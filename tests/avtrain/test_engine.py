@@ -16,7 +16,7 @@ from avtrain.engine import Run, learning_rate
 from avtrain.errors import AvtrainError
 from avtrain.run_folder import RunFolder
 
-CONFIG = TrainingConfig(batch_size=4, steps=20, learning_rate=0.01, evaluate_every=5, save_every=3, keep=2)
+CONFIG = TrainingConfig(batch_size=4, steps=20, learning_rate=0.01, log_every=1, evaluate_every=5, save_every=3, keep=2)
 
 
 @dataclass
@@ -44,23 +44,22 @@ class _Batches:
 class _Experiment:
     def __init__(self, folder, config=CONFIG, bad_steps=()):
         torch.manual_seed(config.seed)
-        self.generator = torch.Generator().manual_seed(1)
         self.network = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
         self.weights_saved = []
-        optimizer = torch.optim.AdamW(self.network.parameters(), config.learning_rate)
-        self.run = Run(RunFolder(folder), {"network": self.network}, optimizer, config, self.generator, self._save)
+        optimizer = torch.optim.AdamW(self.network.parameters(), config.learning_rate, fused=True)
+        self.run = Run(RunFolder(folder), {"network": self.network}, optimizer, config, self._save)
         self.batches, self.bad_steps, self.steps = _Batches(), set(bad_steps), 0
 
     def _save(self, folder):
         self.weights_saved.append(folder)
         torch.save(self.network.state_dict(), folder / "weights.pt")
 
-    def step(self, batch):
-        noise = torch.randn(4, 1, generator=self.generator)
+    def step(self, batch, part):
+        noise = torch.randn(4, 1)
         self.steps += 1
         inputs = batch.inputs * float("nan") if self.steps in self.bad_steps else batch.inputs
         loss = (self.network(inputs) + 0.1 * noise - inputs.sum(1, keepdim=True)).square().mean()
-        return loss, {"twice": 2 * float(loss.detach())}
+        return loss, {"twice": 2 * loss.detach()}
 
     def train(self, **options):
         self.run.train(self.step, self.batches, nullcontext, lambda: {"held_out": 1.0}, **options)
@@ -128,6 +127,15 @@ def test_metrics_hold_what_is_promised(tmp_path):
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
+def test_lines_are_every_so_many_steps_and_hold_their_own_step(tmp_path):
+    """Those lines are the ones that a run which logs every step has there; speed is that of all steps since."""
+    _Experiment(tmp_path / "every").train()
+    _Experiment(tmp_path / "fourth", replace(CONFIG, log_every=4)).train()
+    lines = _losses(tmp_path / "fourth")
+    assert [step for step, *_ in lines] == [4, 5, 8, 10, 12, 15, 16, 20]  # and where it is evaluated
+    assert lines == [line for line in _losses(tmp_path / "every") if not line[0] % 4 or not line[0] % 5]
+
+
 def test_a_bad_step_is_skipped_and_counted(tmp_path):
     experiment = _Experiment(tmp_path, bad_steps=[4, 5])
     experiment.train(max_steps=3)
@@ -173,8 +181,9 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
     for parts in (1, 2):
         torch.manual_seed(0)
         network = nn.Linear(8, 1)
-        run = Run(RunFolder(tmp_path / str(parts)), {"network": network}, torch.optim.SGD(network.parameters()),
-                  replace(CONFIG, accumulate=parts, steps=1), torch.Generator(), lambda folder: None)
+        optimizer = torch.optim.SGD(network.parameters(), fused=True)
+        run = Run(RunFolder(tmp_path / str(parts)), {"network": network}, optimizer,
+                  replace(CONFIG, accumulate=parts, steps=1), lambda folder: None)
 
         class Halves(_Batches):
             def starting_at(self, epoch, batch, parts=parts):
@@ -182,8 +191,8 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
                 for part in inputs.chunk(parts):
                     yield _Batch(["k"] * len(part), part)
 
-        run.train(lambda batch, network=network: (network(batch.inputs).square().mean(), {}), Halves(), nullcontext,
-                  dict)
+        run.train(lambda batch, part, network=network: (network(batch.inputs).square().mean(), {}), Halves(),
+                  nullcontext, dict)
         results.append(network.weight.detach().clone())
     assert torch.allclose(results[0], results[1], atol=1e-7)
 
@@ -200,8 +209,8 @@ def test_without_a_checkpoint_a_run_begins_and_one_of_another_model_is_refused(t
     assert not _Experiment(tmp_path).run.go_on()
     _Experiment(tmp_path).train(max_steps=1)
     network = nn.Linear(3, 3)
-    other = Run(RunFolder(tmp_path), {"network": network}, torch.optim.Adam(network.parameters()), CONFIG,
-                torch.Generator(), lambda folder: None)
+    other = Run(RunFolder(tmp_path), {"network": network}, torch.optim.Adam(network.parameters(), fused=True), CONFIG,
+                lambda folder: None)
     with pytest.raises(AvtrainError, match=r"other settings: .* --force begins anew"):
         other.go_on()
 
