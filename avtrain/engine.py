@@ -86,7 +86,7 @@ class Run:
             self.folder.begin()
         started, self.bad_steps = time.monotonic(), 0
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        state = _State(list(self.modules.values()), parameters[0].device)
+        finite = FiniteSteps(list(self.modules.values()), parameters[0].device)
         supply, span = self._supply(batches), _Span()
         with SummaryWriter(str(self.folder.tensorboard), purge_step=self.position.step + 1) as writer, tqdm(
                 initial=self.position.step, total=end, desc="train", unit="step", **bar_options()) as bar:
@@ -96,9 +96,9 @@ class Run:
                     group["lr"] = rate * group.get("rate_scale", 1.0)
                 figures = self._accumulate(step, supply, autocast, span)
                 norm = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm or math.inf)
-                self._optimizer.found_inf = state.after(figures["loss"], norm)  # type: ignore[attr-defined]
+                self._optimizer.found_inf = finite.after(figures["loss"], norm)  # type: ignore[attr-defined]
                 self._optimizer.step()
-                self._optimizer.zero_grad(set_to_none=True)
+                self._optimizer.zero_grad(set_to_none=not self.config.cuda_graphs)
                 self.position.step += 1
                 bar.update()
                 intervals = (self.config.log_every, self.config.evaluate_every, self.config.save_every)
@@ -106,7 +106,7 @@ class Run:
                                           for interval in intervals)
                 if not (logs or evaluates or saves):
                     continue  # the device isn't waited for
-                self._read(state)
+                self._read(finite)
                 if self.bad_steps >= _MOST_BAD_STEPS:
                     raise self._diverged()
                 if logs or evaluates:
@@ -118,15 +118,15 @@ class Run:
                     span = _Span()
                 if saves and self.bad_steps == 0:
                     self.save()
-            self._read(state)
+            self._read(finite)
             if self.bad_steps == 0 and self.folder.last_step() != self.position.step:
                 self.save()
         if self.bad_steps and self.folder.last_checkpoint() is None:
             raise self._diverged()
 
-    def _read(self, state: _State) -> None:
+    def _read(self, steps: FiniteSteps) -> None:
         """Learn from the device how many steps were not finite."""
-        self.bad_steps, skipped = state.read()
+        self.bad_steps, skipped = steps.read()
         self.position.skipped_steps += skipped
 
     def _diverged(self) -> AvtrainError:
@@ -199,7 +199,7 @@ class Run:
         return True
 
 
-class _State:
+class FiniteSteps:
     """What the device knows of the steps: whether they were finite, and the buffers as of the last that was.
 
     Only `read` waits for the device. What is not finite goes into BatchNorm's averages too, and would stay there.

@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from avtrain.models.recomputation import kept
+
 
 @dataclass
 class Forms:
     """Which forms are used on CUDA. CPUs keep the plain ones, all but `temporal`.
 
-    The defaults are what was right and fastest on an H100 (docs/performance.md); `fork` and `kernels` have not been run
-    on one yet, `benchmarks.gpu` measures them.
+    The defaults are what was right and fastest on an H100 (docs/performance.md).
     """
 
     temporal: bool = True
@@ -38,9 +39,9 @@ class Forms:
     """The stem's pooling as a 2-D one."""
     norm: bool = True
     """BatchNorm, shortcut and ReLU in one pass in training (Triton, where it is installed)."""
-    fork: bool = False
+    fork: bool = True
     """With `norm`, gradients of a map that is used twice are added in the kernels of its BatchNorm."""
-    kernels: bool = False
+    kernels: bool = True
     """Kernels of our own (Triton) for the stem's input, from bytes in one pass, and for its pooling."""
 
 
@@ -168,11 +169,17 @@ def fused_norm(x: Tensor, norm: _BatchNorm, shortcut: Tensor | None, relu: bool,
         fork: the map is returned twice, for two uses.
     """
     kernels = _norm_kernels()
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    y = kernels.FusedNorm.apply(
-        kernels.laid_out(x), None if shortcut is None else kernels.laid_out(shortcut), norm.weight, norm.bias,
-        norm.running_mean, norm.running_var, norm.momentum, norm.eps, relu, fork and ACTIVE.fork)
+    x = kernels.laid_out(x)
+
+    def measured() -> Tensor:
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        factors: Tensor = kernels.factors(x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.momentum,
+                                          norm.eps)
+        return factors
+
+    y = kernels.FusedNorm.apply(x, None if shortcut is None else kernels.laid_out(shortcut), norm.weight, norm.bias,
+                                kept(norm, measured), relu, fork and ACTIVE.fork)
     return (y, y) if fork and not ACTIVE.fork else y
 
 

@@ -1,17 +1,20 @@
 """CUDA graphs: a step's thousands of kernels are launched by a few calls, so that the device doesn't wait for the host.
 
-Sizes are fixed: all segments present, always as many clips, training mode. The graphs' gradients lie at fixed places,
-so a step's gradients must be used, or copied, before the next backward pass.
+Sizes are fixed: all segments present, always as many clips, training mode; what has others runs without. The graphs'
+gradients lie at fixed places: parameters must keep theirs (zero_grad with set_to_none=False), to which they are added.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from avtrain.models.avbert import AVBert, Tokens
+
+Forward = Callable[..., Any]
 
 
 class _Transformers(nn.Module):
@@ -32,9 +35,10 @@ class _Transformers(nn.Module):
 
 def capture(model: AVBert, visual: Tensor, audio: Tensor, draws: int, precision: torch.dtype | None,
             transformers: bool) -> None:
-    """From now on the model's CNNs, and its Transformers if asked for, run as graphs, forwards and backwards.
+    """From now on the model's CNNs, and its Transformers if asked for, run as graphs, forwards and backwards, where
+    they get as much as here and are trained; anything else runs as before.
 
-    BatchNorm's statistics are as before: what the warm-up did to them is taken back.
+    BatchNorm's statistics and the random state are as before: what the warm-up did to them is taken back.
 
     Args:
         model: on the device, in training mode; it must outlive the graphs.
@@ -51,12 +55,25 @@ def capture(model: AVBert, visual: Tensor, audio: Tensor, draws: int, precision:
                  for _ in range(2))
         present = (torch.ones(draws * clips, segments, dtype=torch.bool, device=visual.device) for _ in range(2))
         samples.append((*local, *present))
-    before = [buffer.clone() for buffer in model.buffers()]
-    with torch.autocast(visual.device.type, precision, enabled=precision is not None, cache_enabled=False):
+    before, plain = [buffer.clone() for buffer in model.buffers()], [module.forward for module in modules]
+    with (torch.random.fork_rng([visual.device]),
+          torch.autocast(visual.device.type, precision, enabled=precision is not None, cache_enabled=False)):
         torch.cuda.make_graphed_callables(tuple(modules), tuple(samples), allow_unused_input=True)
     with torch.no_grad():
         for buffer, value in zip(model.buffers(), before, strict=True):
             buffer.copy_(value)
+    for module, otherwise, sample in zip(modules, plain, samples, strict=True):
+        module.forward = _where_it_fits(module.forward, otherwise, sample)
     if transformers:
         graphed = modules[2]
         model.contextualize = lambda *inputs: graphed(*inputs)  # type: ignore[method-assign]
+
+
+def _where_it_fits(graphed: Forward, otherwise: Forward, sample: tuple[Tensor, ...]) -> Forward:
+    """The graph for inputs like the sample, while gradients are wanted; the plain form for all others."""
+    def forward(*inputs: Tensor) -> Any:
+        same = all(one.shape == other.shape and one.dtype == other.dtype
+                   for one, other in zip(inputs, sample, strict=True))
+        return (graphed if same and torch.is_grad_enabled() else otherwise)(*inputs)
+
+    return forward

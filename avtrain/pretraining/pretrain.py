@@ -19,6 +19,7 @@ from avtrain.data.order import Wanted, at_epoch, batches_of, epoch_order
 from avtrain.data.shards import ShardFolder, open_folders
 from avtrain.engine import Run, last_step
 from avtrain.errors import AvtrainError
+from avtrain.models.graphs import capture
 from avtrain.pretraining.draw import Draw, drawn
 from avtrain.pretraining.held_out import HeldOut
 from avtrain.pretraining.module import Pretraining
@@ -93,6 +94,9 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     modules: dict[str, nn.Module] = {"model": network.model, "objectives": network.objectives}
     run = Run(folder, modules, pretraining_optimizer(modules, config.training), config.training,
               lambda to: save_model(to / "model.safetensors", network.model, config))
+    network.train()
+    if config.training.cuda_graphs and runtime.device.type == "cuda":
+        _capture(network, config, runtime)
     if not run.go_on():
         first = _filled(next(supply.starting_at(0, 0))).tensors(runtime.device)
         network.model.standardize(*(tensor[:_START_CLIPS] for tensor in first))
@@ -107,7 +111,6 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     def evaluate() -> dict[str, float]:
         return held_out.figures(network) if held_out else {}
 
-    network.train()
     run.train(step, supply, runtime.autocast, evaluate, max_steps, max_time_s)
     return Pretrained(folder, run.position.step, run.position.step - begun, run.bad_steps)
 
@@ -119,6 +122,17 @@ def draw_for(batch: Batch, config: Config, step: int, part: int) -> Draw:
     return drawn(batch.visual_present, batch.audio_present, [video_of(key) for key in batch.keys],
                  [first + place for place in batch.places], training.seed, step, objectives.mask_rate,
                  objectives.draws, pairs=objectives.pair > 0 and config.model.fusion != "late")
+
+
+def _capture(network: Pretraining, config: Config, runtime: Runtime) -> None:
+    """Graphs of parts whose clips all have all their segments."""
+    data, device = config.data, runtime.device
+    shape = (config.training.batch_size // config.training.accumulate, data.segments)
+    visual = torch.randint(0, 256, (*shape, 3, data.segment_frames, data.crop, data.crop), dtype=torch.uint8,
+                           device=device)
+    audio = torch.randn(*shape, 1, data.mels, data.mel_frames, device=device)
+    capture(network.model, visual, audio, config.objectives.draws, runtime.autocast_dtype, transformers=True)
+    network.zero_grad(set_to_none=False)
 
 
 def _filled(batch: Batch) -> Batch:

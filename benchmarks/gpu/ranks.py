@@ -6,34 +6,19 @@ import json
 import statistics
 import subprocess
 import sys
-from dataclasses import replace
 from time import perf_counter
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from avtrain.config import read_config
-from avtrain.models.avbert import AVBert
-from avtrain.pretraining.objectives import Objectives
+from avtrain.pretraining.module import Pretraining
 from benchmarks.gpu.device import synchronize
 from benchmarks.gpu.report import Figures, Report
-from benchmarks.gpu.steps import random_batch
+from benchmarks.gpu.steps import draw_of_noise, random_batch
 
 _CLIPS, _STEPS = 2, 6
-
-
-class Pretraining(nn.Module):
-    """From batch to loss, so that it can be wrapped."""
-
-    def __init__(self, model: AVBert, objectives: Objectives) -> None:
-        super().__init__()
-        self.model, self.objectives = model, objectives
-
-    def forward(self, generator: torch.Generator, *batch: Tensor) -> Tensor:
-        """The loss of a batch."""
-        loss: Tensor = self.objectives(self.model, self.model.embed(*batch), generator).loss
-        return loss
 
 
 def run(report: Report, preset: str, changes: list[str], device: torch.device) -> None:
@@ -65,17 +50,16 @@ def measured(preset: str, changes: list[str], device: torch.device) -> Figures:
     losses: dict[str, list[float]] = {}
     for name in ("alone", "wrapped"):
         torch.manual_seed(0)
-        sizes = replace(config.model, segments_at_once=0)
-        module: nn.Module = Pretraining(AVBert(sizes), Objectives(sizes, config.objectives)).to(device).train()
+        module: nn.Module = Pretraining(config).to(device).train()
         if name == "wrapped":
             module = DistributedDataParallel(module, device_ids=[0] if device.type == "cuda" else None)
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6, betas=(0.9, 0.98), amsgrad=True, fused=True)
-        generator, losses[name], taken = torch.Generator().manual_seed(1), [], []
-        for _ in range(_STEPS):
+        losses[name], taken = [], []
+        for step in range(_STEPS):
             synchronize(device)
             began = perf_counter()
             with torch.autocast(device.type, torch.bfloat16):
-                loss = module(generator, *batch)
+                loss = module(*batch, draw_of_noise(config, _CLIPS, step, device)).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

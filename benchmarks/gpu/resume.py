@@ -10,17 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from avtrain.config import Config, read_config
 from avtrain.engine import Run
-from avtrain.models.avbert import AVBert
-from avtrain.pretraining.objectives import Objectives
+from avtrain.pretraining.module import Pretraining
 from avtrain.pretraining.optimizer import pretraining_optimizer
 from avtrain.run_folder import RunFolder
 from avtrain.runtime import choose_runtime, seed_everything
 from benchmarks.gpu.report import Figures, Report
-from benchmarks.gpu.steps import random_batch
+from benchmarks.gpu.steps import draw_of_noise, random_batch
 
 _STEPS, _SAVED, _KILLED = 4, 2, 4
 
@@ -54,22 +53,19 @@ def train(folder: Path, config: Config, device: torch.device, die: bool, determi
     """A few steps with the engine; `die`: the process ends at once, as if killed, in the step after a checkpoint."""
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     config = replace(config, training=replace(config.training, steps=_STEPS, save_every=_SAVED, batch_size=2,
-                                              evaluate_every=1000, warmup=0.0, accumulate=1),
-                     model=replace(config.model, segments_at_once=0))
+                                              evaluate_every=1000, log_every=1, warmup=0.0, accumulate=1))
     runtime = choose_runtime(str(device), "bfloat16")
-    generator = seed_everything(0)
-    model = AVBert(config.model).to(device).train()
-    objectives = Objectives(config.model, config.objectives).to(device).train()
-    modules = {"model": model, "objectives": objectives}
-    run = Run(RunFolder(folder), modules, pretraining_optimizer(modules, config.training), config.training, generator,
+    seed_everything(0)
+    network = Pretraining(config).to(device).train()
+    modules: dict[str, nn.Module] = {"model": network.model, "objectives": network.objectives}
+    run = Run(RunFolder(folder), modules, pretraining_optimizer(modules, config.training), config.training,
               lambda part: None)
     run.go_on()
 
-    def step(batch: _Noise) -> tuple[Tensor, dict[str, float]]:
+    def step(batch: _Noise, part: int) -> tuple[Tensor, dict[str, Tensor]]:
         if die and run.position.step == _KILLED - 1:
             os._exit(9)
-        result = objectives(model, model.embed(*batch.tensors), generator)
-        return result.loss, {}
+        return network(*batch.tensors, draw_of_noise(config, 2, run.position.step, device)).loss, {}
 
     run.train(step, NoiseBatches(config, device), runtime.autocast, dict)
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import json
 import os
-import queue
 import tarfile
-import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
@@ -20,11 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from avtrain.data.manifest import MANIFEST, TAR_BLOCK, schema
 from avtrain.data.shards import FORMAT, FORMAT_VERSION
-from benchmarks.gpu.device import synchronize
+from benchmarks.gpu.device import NOMINAL_TFLOPS, synchronize
 from benchmarks.gpu.report import Figures, Report
 from benchmarks.gpu.steps import Bench, Setting
 
@@ -44,11 +41,12 @@ def run(report: Report, bench: Bench, setting: Setting, folder: Path, clips: int
     if report.measure(f"{clips} clips are made", lambda: made(folder, clips, frames), 10) is None:
         return
     cores = len(os.sched_getaffinity(0))
-    for workers, beside in dict.fromkeys(((max(1, cores - 2), True), (max(1, cores // 2), True),
-                                          (max(1, cores - 2), False))):
-        way = "pinned, copied beside" if beside else "as they come"
-        report.measure(f"from shards, {workers} workers, {way}",
-                       lambda workers=workers, beside=beside: trained(bench, setting, folder, workers, beside), 8)
+    for workers in dict.fromkeys((max(1, cores - 2), max(1, cores // 2))):
+        report.measure(f"from shards, {workers} workers",
+                       lambda workers=workers: trained(bench, setting, folder, workers), 8)
+    for graphs in (True, False) if bench.device.type == "cuda" else (False,):
+        report.measure(f"avtrain's own loop, {'with' if graphs else 'without'} graphs",
+                       lambda graphs=graphs: pretrained(bench, setting.clips, folder, graphs), 15)
 
 
 def made(folder: Path, clips: int, frames: int) -> Figures:
@@ -132,7 +130,7 @@ def drawn_video(number: int, frames: int) -> bytes:
     return file.getvalue()
 
 
-def trained(bench: Bench, setting: Setting, folder: Path, workers: int, beside: bool) -> Figures:
+def trained(bench: Bench, setting: Setting, folder: Path, workers: int) -> Figures:
     """Some seconds of training from the shards; the first batches, which fill the queues, don't count."""
     from avtrain.data.shards import open_folders  # these read media files through packages that may be missing
     from avtrain.pretraining.pretrain import epochs_of
@@ -140,70 +138,50 @@ def trained(bench: Bench, setting: Setting, folder: Path, workers: int, beside: 
     config = replace(bench.config, data=replace(bench.config.data, workers=workers),
                      training=replace(bench.config.training, batch_size=setting.clips, accumulate=1))
     supply = epochs_of(open_folders([str(folder)], labelled=False), config).starting_at(0, 0)
-    batches = _beside(supply, bench.device) if beside else (one.tensors(bench.device) for one in supply)
+    full = (batch.tensors(bench.device) for batch in supply if len(batch.keys) == setting.clips)  # graphs have one size
     with bench.running(setting) as step:
         for _ in range(2):
-            step(next(batches))
+            step(next(full))
+        batch = next(full)
         synchronize(bench.device)
         began, cpu, waited, clips = time.perf_counter(), _cpu_seconds(), 0.0, 0
         while time.perf_counter() - began < 5 or clips < 2 * setting.clips:
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - asked
-            if len(batch[0]) != setting.clips:  # the last one of an epoch; graphs have one size
-                continue
             loss = step(batch)
+            asked = time.perf_counter()
+            batch = next(full)
+            waited += time.perf_counter() - asked
             float(loss)  # else the host would run ahead, and the wait for the device would count as one for data
-            clips += len(batch[0])
+            clips += setting.clips
         synchronize(bench.device)
         seconds = time.perf_counter() - began
         used = (_cpu_seconds() - cpu) / seconds
-    batches.close()
+    full.close()
     supply.close()
     figures = bench.figures(setting.clips, seconds * setting.clips / clips)
-    return {"workers": workers, "clips": setting.clips, **figures, "waiting_share": waited / seconds,
+    return {"workers": workers, "clips": setting.clips, **figures, "asking_share": waited / seconds,
             "cores_used": used, "cpu_s_a_clip": used * seconds / clips}
 
 
-def _beside(supply: Iterator[Any], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
-    """A thread pins batches and copies them on a stream of their own, two ahead."""
-    if device.type != "cuda":
-        yield from (one.tensors(device) for one in supply)
-        return
-    ready: queue.Queue[Any] = queue.Queue(2)
-    stream, stop = torch.cuda.Stream(device), threading.Event()
+def pretrained(bench: Bench, clips: int, folder: Path, graphs: bool) -> Figures:
+    """`avtrain pretrain` itself: 16 steps of two parts, a line of metrics every four."""
+    from avtrain.pretraining.pretrain import pretrain
+    from avtrain.runtime import choose_runtime
 
-    def copy() -> None:
-        try:
-            for one in supply:
-                parts = (one.visual, one.audio, one.visual_present, one.audio_present)
-                with torch.cuda.stream(stream):
-                    copied = tuple(part.pin_memory().to(device, non_blocking=True) for part in parts)
-                stream.synchronize()
-                while not stop.is_set():
-                    try:
-                        ready.put(copied, timeout=0.5)
-                        break
-                    except queue.Full:
-                        continue
-                if stop.is_set():
-                    return
-        except Exception as error:  # handed to the thread that waits
-            ready.put(error)
-
-    thread = threading.Thread(target=copy, daemon=True)
-    thread.start()
-    try:
-        while True:
-            batch = ready.get(timeout=60)
-            if isinstance(batch, Exception):
-                raise batch
-            for part in batch:
-                part.record_stream(torch.cuda.current_stream(device))
-            yield batch
-    finally:
-        stop.set()
-        thread.join(timeout=10)
+    config = replace(bench.config, data=replace(bench.config.data, workers=max(1, len(os.sched_getaffinity(0)) - 2)),
+                     model=replace(bench.config.model, dropout=0.0),
+                     training=replace(bench.config.training, batch_size=2 * clips, accumulate=2, steps=16, log_every=4,
+                                      save_every=16, evaluate_every=16, cuda_graphs=graphs))
+    gc.collect()  # graphs of other settings hold their memory until they are gone
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(bench.device)
+    out = folder / f"run-{graphs}"
+    run = pretrain(config, [str(folder)], [], out, choose_runtime(str(bench.device), "bfloat16"))
+    lines = run.folder.lines()
+    best = max(line["clips_per_s"] for line in lines[1:])
+    return {"clips_a_step": 2 * clips, "clips_per_s": best, "mfu_nominal": bench.tflop_per_clip * best / NOMINAL_TFLOPS,
+            "waiting_share": lines[-1]["waiting_share"], "peak_gib": bench.peak_gib(),
+            "losses": [line["loss"] for line in lines], "gradient_norms": [line["gradient_norm"] for line in lines]}
 
 
 def _cpu_seconds() -> float:

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from avtrain.config import Config
+from avtrain.engine import FiniteSteps
 from avtrain.models import forms
 from avtrain.models.avbert import AVBert
 from avtrain.models.cnn import Residual, Stage
 from avtrain.models.graphs import capture
+from avtrain.pretraining.draw import Draw, drawn
 from avtrain.pretraining.objectives import Objectives
 from avtrain.pretraining.optimizer import pretraining_optimizer
 from benchmarks.gpu.device import NOMINAL_TFLOPS, synchronize
@@ -30,7 +31,7 @@ from benchmarks.gpu.report import Figures
 
 PLAIN = {"temporal": True, "spatial": False, "pointwise": "plain", "stem": False, "pool": False, "norm": False,
          "fork": False, "kernels": False}
-ALL = {"fork": True, "kernels": True}  # what is not the default yet
+ALL: dict[str, Any] = {}  # the defaults
 _COUNTED = 2  # segments
 Mark = Callable[[str], None]
 
@@ -42,8 +43,7 @@ class Setting:
     Attributes:
         clips: of a micro-batch.
         forms: of the visual CNN's operations, where they differ from the defaults.
-        segments_at_once: as in the model's settings: above 0, the CNNs run a few segments at a time, and twice.
-        checkpointed: so many first stages of the visual CNN are run again in the backward pass.
+        checkpointed: so many first stages of the CNNs are run again in the backward pass.
         channels_last: layout of the CNNs.
         search: cudnn.benchmark.
         fused_optimizer: AdamW in one kernel.
@@ -57,7 +57,6 @@ class Setting:
 
     clips: int = 8
     forms: dict[str, Any] = field(default_factory=dict)
-    segments_at_once: int = 0
     checkpointed: int = 0
     channels_last: bool = True
     search: bool = False
@@ -90,15 +89,13 @@ class Bench:
 
     def modules(self, setting: Setting) -> tuple[AVBert, Objectives]:
         """The network at its start values, in training mode."""
-        model = copy.deepcopy(self._model)
-        model.config = replace(model.config, segments_at_once=setting.segments_at_once)
+        model = AVBert(replace(self.config.model, stages_recomputed=setting.checkpointed))
+        model.load_state_dict(self._model.state_dict())
         if not setting.channels_last:
             for cnn in (model.visual_cnn, model.audio_cnn):
                 cnn.to(memory_format=torch.contiguous_format)
         objectives = copy.deepcopy(self._objectives)
         model, objectives = model.to(self.device).train(), objectives.to(self.device).train()
-        for stage in list(model.visual_cnn.stages)[:setting.checkpointed] if setting.checkpointed else []:
-            stage.forward = _rerun(stage.forward)  # type: ignore[method-assign]
         if setting.compiled:
             torch._dynamo.config.cache_size_limit = 256
             kinds = {"blocks": Residual, "stages": Stage, "transformers": type(model.encoder.stacks[0][0])}  # type: ignore[index]
@@ -179,11 +176,10 @@ class Step:
         self.optimizer = pretraining_optimizer(
             {"model": self.model, "objectives": self.objectives},
             replace(training, learning_rate=training.learning_rate * 0.01),
-            fused=True if setting.fused_optimizer else None)
+            fused=setting.fused_optimizer)
         self._parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self._buffers = [buffer for module in (self.model, self.objectives) for buffer in module.buffers()]
-        self._good = [buffer.clone() for buffer in self._buffers]
-        self._generator = torch.Generator().manual_seed(1)
+        self._finite = FiniteSteps([self.model, self.objectives], bench.device)
+        self._number = 0
         if setting.graphed and bench.device.type == "cuda":
             visual, audio = (part[:setting.clips] for part in bench.batch[:2])
             capture(self.model, visual, audio, bench.config.objectives.draws, setting.precision,
@@ -194,26 +190,27 @@ class Step:
         waits, clip = self._setting.waits, self._bench.config.training.clip_norm or math.inf
         with torch.autocast(self._bench.device.type, self._setting.precision,
                             enabled=self._setting.precision is not None):
-            embedded = self.model.embed(*(batch if waits else batch[:2]))
+            draw = draw_of_noise(self._bench.config, len(batch[0]), self._number, self._bench.device)
+            embedded, *_ = self.model.embed(*batch, (None, None) if waits else draw.here)
             mark("CNNs, forward")
-            result = self.objectives(self.model, embedded, self._generator)
+            result = self.objectives(self.model, embedded, draw)
         mark("Transformers and objectives, forward")
         result.loss.backward()
         mark("backward")
-        figures = {"loss": result.loss.detach(), **result.parts}
+        loss = result.loss.detach()
         if waits:
-            _ = [float(value) for value in figures.values()]
+            _ = [float(value) for value in (loss, *result.parts.values())]
         norm = nn.utils.clip_grad_norm_(self._parameters, clip)
-        if not waits or bool(torch.isfinite(norm)):
+        bad = self._finite.after(loss, norm)
+        if self._setting.fused_optimizer:
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
             self.optimizer.step()
-        if waits:
-            for one, other in zip(self._buffers, self._good, strict=True):
-                other.copy_(one)
-        else:
-            torch._foreach_copy_(self._good, self._buffers)
-        self.optimizer.zero_grad(set_to_none=True)
+        elif not bool(bad):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=not self._setting.graphed)
+        self._number += 1
         mark("clipping and optimiser")
-        return result.loss.detach()
+        return loss
 
 
 def kernels_ms(function: Callable[[], object]) -> float:
@@ -230,14 +227,6 @@ def is_annotation(event: Any) -> bool:
     return getattr(event, "is_user_annotation", False) or event.name.startswith(("Optimizer.", "ProfilerStep"))
 
 
-def _rerun(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def rerun(x: Tensor) -> Tensor:
-        y: Tensor = checkpoint(forward, x, use_reentrant=False)
-        return y
-
-    return rerun
-
-
 def random_batch(config: Config, clips: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Clips of noise, all their segments present, as `Batch.tensors` gives them."""
     data = config.data
@@ -249,10 +238,18 @@ def random_batch(config: Config, clips: int, device: torch.device) -> tuple[Tens
     return visual, audio, present, present.clone()
 
 
+def draw_of_noise(config: Config, clips: int, step: int, device: torch.device) -> Draw:
+    """Masks and pairs for such a batch."""
+    present = torch.ones(clips, config.data.segments, dtype=torch.bool)
+    objectives = config.objectives
+    return drawn(present, present, [str(clip) for clip in range(clips)], range(clips), config.training.seed, step,
+                 objectives.mask_rate, objectives.draws).to(device)
+
+
 def training_flop(config: Config) -> float:
     """Floating-point operations of a clip's forward and backward pass, nothing recomputed: CNNs on some segments."""
     data = config.data
-    model = AVBert(replace(config.model, segments_at_once=0))
+    model = AVBert(replace(config.model, stages_recomputed=0))
     with FlopCounterMode(display=False) as counter:
         embedded = model.embed(torch.randn(1, _COUNTED, 3, data.segment_frames, data.crop, data.crop),
                                torch.randn(1, _COUNTED, 1, data.mels, data.mel_frames))[0]
