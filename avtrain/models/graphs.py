@@ -1,7 +1,7 @@
 """CUDA graphs: a step's thousands of kernels are launched by a few calls, so that the device doesn't wait for the host.
 
 Sizes are fixed: all segments present, always as many clips, training mode; what has others runs without. The graphs'
-gradients lie at fixed places: parameters must keep theirs (zero_grad with set_to_none=False), to which they are added.
+gradients lie at fixed places, which the next part overwrites: see `own_gradients`.
 """
 
 from __future__ import annotations
@@ -67,6 +67,16 @@ def capture(model: AVBert, visual: Tensor, audio: Tensor, draws: int, precision:
     if transformers:
         graphed = modules[2]
         model.contextualize = lambda *inputs: graphed(*inputs)  # type: ignore[method-assign]
+
+
+def own_gradients(module: nn.Module) -> None:
+    """Give every parameter a gradient of zero in memory of its own, to be kept by `zero_grad(set_to_none=False)`.
+
+    A parameter without one takes the first that comes as it is: with graphs the place that the next part's gradient is
+    written to, and the sum of two parts would be twice the second.
+    """
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
 
 
 def _where_it_fits(graphed: Forward, otherwise: Forward, sample: tuple[Tensor, ...]) -> Forward:

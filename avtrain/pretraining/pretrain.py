@@ -19,7 +19,7 @@ from avtrain.data.order import Wanted, at_epoch, batches_of, epoch_order
 from avtrain.data.shards import ShardFolder, open_folders
 from avtrain.engine import Run, last_step
 from avtrain.errors import AvtrainError
-from avtrain.models.graphs import capture
+from avtrain.models.graphs import capture, own_gradients
 from avtrain.pretraining.draw import Draw, drawn
 from avtrain.pretraining.held_out import HeldOut
 from avtrain.pretraining.module import Pretraining
@@ -132,7 +132,7 @@ def _capture(network: Pretraining, config: Config, runtime: Runtime) -> None:
                            device=device)
     audio = torch.randn(*shape, 1, data.mels, data.mel_frames, device=device)
     capture(network.model, visual, audio, config.objectives.draws, runtime.autocast_dtype, transformers=True)
-    network.zero_grad(set_to_none=False)
+    own_gradients(network)
 
 
 def _filled(batch: Batch) -> Batch:

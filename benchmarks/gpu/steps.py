@@ -22,7 +22,7 @@ from avtrain.engine import FiniteSteps
 from avtrain.models import forms
 from avtrain.models.avbert import AVBert
 from avtrain.models.cnn import Residual, Stage
-from avtrain.models.graphs import capture
+from avtrain.models.graphs import capture, own_gradients
 from avtrain.pretraining.draw import Draw, drawn
 from avtrain.pretraining.objectives import Objectives
 from avtrain.pretraining.optimizer import pretraining_optimizer
@@ -184,6 +184,8 @@ class Step:
             visual, audio = (part[:setting.clips] for part in bench.batch[:2])
             capture(self.model, visual, audio, bench.config.objectives.draws, setting.precision,
                     setting.graphed == "all")
+            own_gradients(self.model)
+            own_gradients(self.objectives)
         torch.manual_seed(5)  # the same dropout in every setting, so that first losses can be compared
 
     def __call__(self, batch: tuple[Tensor, ...], mark: Mark = lambda name: None) -> Tensor:
