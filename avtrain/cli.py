@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from avtrain import __version__
-from avtrain.errors import AvtrainError
+from avtrain.errors import AvtrainError, TaskFailed
 from avtrain.options import FILE, FOLDER, going_on_options, runtime_options, set_option
 
 if TYPE_CHECKING:
@@ -266,12 +266,15 @@ def _evaluate_all(transferred: Callable[[Trial, list[str]], dict[str, Any]],
     for trial, splits in wanted:
         try:
             rows.append(transferred(trial, splits))
+        except TaskFailed as error:
+            failed.append(error)
         except AvtrainError as error:
-            failed.append(f"{trial.task}: {str(error).removeprefix(f'{trial.task}: ')}")
+            failed.append(TaskFailed(trial.task, str(error)))
     if rows:
         click.echo(table_text(rows))
     if failed:
-        raise AvtrainError("\n  ".join([f"{len(failed)} of {len(wanted)} tasks could not be evaluated:", *failed]))
+        raise AvtrainError("\n  ".join([f"{len(failed)} of {len(wanted)} tasks could not be evaluated:",
+                                        *map(str, failed)]))
 
 
 @main.command()

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avtrain.data.order import ClipPlace
-from avtrain.errors import AvtrainError
+from avtrain.errors import AvtrainError, in_a_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -218,7 +218,7 @@ def parsed(source: str | bytes, clips: int) -> pa.Table:
             pa.default_memory_pool().release_unused()
             return table
     except pa.ArrowException as error:
-        raise ValueError(str(error).partition("\n")[0]) from error
+        raise ValueError(in_a_line(error)) from error
 
 
 def check(where: str, table: pa.Table, shards: Sequence[tuple[str, int, int]], classes: int) -> None:

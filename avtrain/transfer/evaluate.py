@@ -17,7 +17,7 @@ from avtrain.data.loader import MOST_UNREADABLE
 from avtrain.data.manifest import ClipRows
 from avtrain.data.shards import ShardFolder, open_folders
 from avtrain.data.views import Views
-from avtrain.errors import AvtrainError
+from avtrain.errors import AvtrainError, TaskFailed
 from avtrain.run_folder import RunFolder, check_settings, delete, read_settings, write_settings
 from avtrain.runtime import Runtime
 from avtrain.transfer.features import view_features, weights_hash
@@ -161,8 +161,8 @@ def _one_split(source: Start, trial: Trial, split: str, root: Path, out: Path, c
         else:
             found = _probe(source, trial, (train, learned), asked, cache, runtime)
         if not all(np.isfinite(one.scores).all() for one in found):
-            raise AvtrainError(f"{trial.task}: outputs are not finite numbers; try a lower transfer.head_rate, or "
-                               "--precision float32")
+            raise TaskFailed(trial.task, "outputs are not finite numbers; try a lower transfer.head_rate, or "
+                             "--precision float32")
         if validation:
             write_predictions(looked_at, {split: found[1]})
         write_predictions(done, {split: found[0]})
@@ -183,10 +183,11 @@ def _check_fit(folder: ShardFolder, source: Start, trial: Trial) -> None:
     protocol = trial.protocol
     source.check_parts(trial.modality, protocol.sequence)
     if folder.multi_label != (protocol.loss == "binary"):
-        raise AvtrainError(f"{trial.task}: its shards have {'several labels' if folder.multi_label else 'one label'} a "
-                           f"clip, which does not go with transfer.loss={protocol.loss}")
+        labels = "several labels" if folder.multi_label else "one label"
+        raise TaskFailed(trial.task, f"its shards have {labels} a clip, which does not go with "
+                         f"transfer.loss={protocol.loss}")
     if not folder.classes:
-        raise AvtrainError(f"{trial.task}: its shards have no classes")
+        raise TaskFailed(trial.task, "its shards have no classes")
     longest = source.model.config.max_segments
     if protocol.sequence and max(protocol.train_views, protocol.test_views) > longest:
         raise AvtrainError(f"transfer.train_views, transfer.test_views: the model has positions for {longest} segments")
