@@ -335,8 +335,10 @@ def test_what_does_not_fit_is_said(folders, tmp_path):
         check_spec(folder, DataConfig(mels=64))
     with pytest.raises(AvtrainError, match="no .*nowhere/index.json"):
         open_folders([str(tmp_path / "nowhere")])
-    with pytest.raises(AvtrainError, match="the same shards twice"):
-        open_folders([str(folders[0]), f"{folders[0]}/"])
+    (tmp_path / "link").symlink_to(folders[0])
+    for again in (f"{folders[0]}/", f"{folders[0]}/../train/index.json", str(tmp_path / "link")):
+        with pytest.raises(AvtrainError, match="the same shards twice"):
+            open_folders([str(folders[0]), again], labelled=False)
     index = json.loads((folders[0] / "index.json").read_text())
     for change, message in (({"format_version": 9}, "format version 9"), ({"format": "x"}, "not an index of avprep"),
                             ({"shardlist": None}, "is damaged: no shardlist"),

@@ -131,6 +131,13 @@ def test_what_is_no_run_is_said(run, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_a_page_that_cant_be_written_is_named_as_it_would_be_called(run):
+    (run / "report.html").mkdir()
+    done = CliRunner().invoke(main, ["report", str(run)])
+    assert done.exit_code == 1 and done.stderr == f"Error: {run}/report.html: Is a directory\n"
+    assert not [path for path in run.iterdir() if path.name.startswith(".")]
+
+
 def test_chance_is_what_the_run_recorded():
     lines = [{"step": step, "loss": 1.0, "chance_loss": 2.0, "chance_top1_audio": 1 / count} for step, count in
              ((1, 65), (2, 31))]
