@@ -340,6 +340,7 @@ def test_what_does_not_fit_is_said(folders, tmp_path):
         with pytest.raises(AvtrainError, match="the same shards twice"):
             open_folders([str(folders[0]), again], labelled=False)
     index = json.loads((folders[0] / "index.json").read_text())
+    shutil.copy(folders[0] / "clips.parquet", tmp_path)
     for change, message in (({"format_version": 9}, "format version 9"), ({"format": "x"}, "not an index of avprep"),
                             ({"shardlist": None}, "is damaged: no shardlist"),
                             ({"spec": {**index["spec"], "fps": 15}}, "spec differ.*fps 15 and 16"),
