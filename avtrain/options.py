@@ -40,5 +40,6 @@ def runtime_options(command: _Command) -> _Command:
 def going_on_options(command: _Command) -> _Command:
     """--force; and --resume, which was wanted once and does nothing: a command that is run again goes on anyway."""
     resume = click.option("--resume", is_flag=True, hidden=True, expose_value=False)
-    return click.option("--force", is_flag=True, help="Begin anew: delete what an earlier run wrote to OUT (eval: of the "
-                                                      "same splits). Without it the same command goes on with that.")(resume(command))
+    force = click.option("--force", is_flag=True, help="Begin anew: delete what an earlier run wrote to OUT (eval: of "
+                         "the same splits). Without it the same command goes on with that.")
+    return force(resume(command))
