@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -86,6 +87,9 @@ def build(split: str, dataset: str, raw: Path | None, out: Path, workers: int, e
     """Turn a dataset's raw files into shards; run again to go on after an interruption."""
     from avprep.build import BuildOptions, build_split, check_raw, choose_splits
 
+    for name, value in (("--shard-mb", shard_mb), ("--timeout", timeout)):
+        if not math.isfinite(value):
+            raise AvprepError(f"{name} {value}: a number is wanted")
     raw = raw or Path("data") / dataset
     options = BuildOptions(dataset, raw, out, ClipSpec(**spec), workers, int(shard_mb * 1e6), timeout, limit, force,
                            executor)

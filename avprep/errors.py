@@ -13,6 +13,13 @@ class NothingToBuild(AvprepError):
     """A split without a single file to try; other splits may have some."""
 
 
+class DiskFull(AvprepError):
+    """There is no room for what is being written."""
+
+    def __str__(self) -> str:
+        return "the disk is full: free some space and run the same command again to go on"
+
+
 class Reason(str, Enum):
     """Why one source could not be written. The value stands in `failures.jsonl` and in the summary."""
 

@@ -19,7 +19,7 @@ import ffmpeg
 import numpy as np
 from numpy.typing import NDArray
 
-from avprep.errors import AvprepError, Reason, SourceFailed
+from avprep.errors import AvprepError, DiskFull, Reason, SourceFailed
 from avprep.probe import LOOK_AHEAD, MISSING_S, MISSING_SHARE, Media
 from avprep.sound import Sound, on_time_line
 from avprep.spec import REFERENCE_STEP, ClipSpec
@@ -28,6 +28,8 @@ from avprep.spec import REFERENCE_STEP, ClipSpec
 _SAFE_INPUT = {"protocol_whitelist": "file", "max_pixels": 8192 * 8192, **LOOK_AHEAD}
 # Decoding begins this much before a window: the first packets after a seek often can't be decoded whole.
 _LEAD_S = 1.0
+# What ffmpeg ends a line with where the system refuses to write.
+_NO_SPACE = ": No space left on device"
 # Silence of more than this is worth a word.
 FILLED_S = 0.1
 # The mean of as many channels as there are ("<" divides by the sum of those that are), and beside it another weighting,
@@ -195,7 +197,7 @@ def _cut_from(window: _Window, seek_s: float) -> Cut:
         "-nostdin", "-dts_delta_threshold", f"{jump_s:g}", "-loglevel", "error",
         "-filter_complex_threads", "1", "-max_error_rate", "0")
     try:
-        stdout = _run(command.compile(cmd=_as_text(Path(ffmpeg_path())), overwrite_output=True), window.timeout_s)
+        stdout = _run(command.compile(cmd=_as_text(Path(ffmpeg_path())), overwrite_output=True), window)
         mp4 = scratch.read_bytes() if sees else None
         picture_starts_s = max(0.0, _first_time_s(first_picture) - skip_s) if sees else math.inf
     finally:
@@ -262,25 +264,35 @@ def _as_text(path: Path) -> str:
     return os.fsencode(path).decode("latin-1")
 
 
-def _run(command: list[str], timeout_s: float) -> bytes:
+def _run(command: list[str], window: _Window) -> bytes:
     # A session of its own: Ctrl-C on the terminal reaches avprep alone, not a half-finished clip.
     arguments = [part.encode("latin-1") for part in command]  # see _as_text
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
         try:
-            stdout, stderr = process.communicate(timeout=timeout_s)
+            stdout, stderr = process.communicate(timeout=window.timeout_s)
         except subprocess.TimeoutExpired as error:
             process.kill()
-            raise SourceFailed("decode", Reason.TIMEOUT, f"after {timeout_s:g} s") from error
+            raise SourceFailed("decode", Reason.TIMEOUT, f"after {window.timeout_s:g} s") from error
     if process.returncode < 0:
         raise SourceFailed("decode", Reason.CRASHED, f"by signal {-process.returncode}; if memory ran out, build again "
                            "with --force and fewer --workers")
     if process.returncode != 0:
-        if b"No space left on device" in stderr:
-            raise AvprepError("the disk is full: free some space and run the same command again to go on")
-        lines = [line for line in stderr.decode("utf-8", "replace").splitlines() if line.strip()]
-        detail = lines[0].split("] ")[-1] if lines else f"ffmpeg ended with code {process.returncode}"
-        raise SourceFailed("decode", Reason.CORRUPT, detail[:200])
+        raise _failure(stderr, window.path) or SourceFailed("decode", Reason.CORRUPT,
+                                                            f"ffmpeg ended with code {process.returncode}")
     return stdout
+
+
+def _failure(stderr: bytes, path: Path) -> DiskFull | SourceFailed | None:
+    """What ffmpeg says of a failure, as an error of ours; None if it says nothing. The file's name, which may be any
+    text, is no part of it."""
+    if any(line.endswith(_NO_SPACE) for line in _lines(stderr.replace(os.fsencode(path.absolute()), b""))):
+        return DiskFull()
+    lines = _lines(stderr)
+    return SourceFailed("decode", Reason.CORRUPT, lines[0].split("] ")[-1][:200]) if lines else None
+
+
+def _lines(text: bytes) -> list[str]:
+    return [line.rstrip() for line in text.decode("utf-8", "replace").splitlines() if line.strip()]
 
 
 def check_length(picture_s: float, sound_s: float, expected_s: float) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from avtrain import __version__
-from avtrain.errors import AvtrainError
-from avtrain.options import FILE, FOLDER, going_on_options, runtime_options, set_option
+from avtrain.errors import AvtrainError, TaskFailed
+from avtrain.options import FILE, FOLDER, Number, going_on_options, runtime_options, set_option
 
 if TYPE_CHECKING:
     from avtrain.config import Config
@@ -130,7 +130,7 @@ def _count(config: Config) -> dict[str, int]:
               help="Folder of the run: checkpoints, metrics.jsonl, TensorBoard events.")
 @going_on_options
 @click.option("--max-steps", type=click.IntRange(1), help="Stop after this step, with a checkpoint.")
-@click.option("--max-time", type=click.FloatRange(0.01), help="Stop after so many minutes, with a checkpoint.")
+@click.option("--max-time", type=Number(0.01), help="Stop after so many minutes, with a checkpoint.")
 @runtime_options
 def pretrain(shards: tuple[str, ...], test_shards: tuple[str, ...], preset: str, overrides: tuple[str, ...], out: Path,
              force: bool, max_steps: int | None, max_time: float | None, device: str | None, precision: str) -> None:
@@ -184,7 +184,7 @@ def _split_of(location: str, split: str) -> str | None:
 @click.option("--split", default="all", help="Number of a split or fold, or all.")
 @click.option("--modality", type=click.Choice(["visual", "audio", "both"]), help="[default: the task's]")
 @click.option("--shards", type=FOLDER, default=Path("shards"), help="Folder that holds the datasets' shards.")
-@click.option("--validation", type=click.FloatRange(0, 0.9), default=0.0,
+@click.option("--validation", type=Number(0, 0.9), default=0.0,
               help="Share of the training clips, by group, that is only looked at. Nothing is chosen by it.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0)
 @set_option("eval", "transfer.*, data.*, and with --init random model.*; may be repeated.")
@@ -266,12 +266,15 @@ def _evaluate_all(transferred: Callable[[Trial, list[str]], dict[str, Any]],
     for trial, splits in wanted:
         try:
             rows.append(transferred(trial, splits))
+        except TaskFailed as error:
+            failed.append(error)
         except AvtrainError as error:
-            failed.append(f"{trial.task}: {str(error).removeprefix(f'{trial.task}: ')}")
+            failed.append(TaskFailed(trial.task, str(error)))
     if rows:
         click.echo(table_text(rows))
     if failed:
-        raise AvtrainError("\n  ".join([f"{len(failed)} of {len(wanted)} tasks could not be evaluated:", *failed]))
+        raise AvtrainError("\n  ".join([f"{len(failed)} of {len(wanted)} tasks could not be evaluated:",
+                                        *map(str, failed)]))
 
 
 @main.command()

@@ -1,7 +1,68 @@
-"""What can go wrong, in words a user can act on."""
+"""What can go wrong, in words a user can act on. Errors have fields, and become text where they are printed."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_MOST_LISTED = 20
 
 
 class AvtrainError(Exception):
     """A problem that ends the command: one line saying what is wrong and what to do."""
+
+
+@dataclass(frozen=True, order=True)
+class Unreadable:
+    """A stored clip that can't be decoded, and is left out.
+
+    Attributes:
+        shard: where its shard is, for messages.
+        key: of the clip.
+        reason: what is wrong with it.
+    """
+
+    shard: str
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.key}: {self.reason}"
+
+
+class TooManyUnreadable(AvtrainError):
+    """So many clips can't be decoded that it is no accident.
+
+    Args:
+        clips: those that were found.
+    """
+
+    def __init__(self, clips: Sequence[Unreadable]) -> None:
+        super().__init__(clips)
+        self.clips = clips
+
+    def __str__(self) -> str:
+        listed = "\n  ".join(map(str, sorted(self.clips)[:_MOST_LISTED]))
+        return (f"{len(self.clips)} clips can't be decoded, more than 1 % of the data: run `avprep verify` and build "
+                f"the shards again.\n  {listed}")
+
+
+class TaskFailed(AvtrainError):
+    """A task that can't be evaluated, where others may be.
+
+    Args:
+        task: its name.
+        reason: why.
+    """
+
+    def __init__(self, task: str, reason: str) -> None:
+        super().__init__(task, reason)
+        self.task, self.reason = task, reason
+
+    def __str__(self) -> str:
+        return f"{self.task}: {self.reason}"
+
+
+def in_a_line(error: BaseException) -> str:
+    """What another library says of a fault: the first line of it, or the fault's kind if it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +12,16 @@ import click
 FILE = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class Number(click.FloatRange):
+    """A number in a range. nan, which no bound keeps out, is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is no number.", param, ctx)
+        return number
 
 
 def set_option(command: str, help_text: str, metavar: str = "SECTION.FIELD=VALUE") -> Callable[[_Command], _Command]:
@@ -29,5 +40,6 @@ def runtime_options(command: _Command) -> _Command:
 def going_on_options(command: _Command) -> _Command:
     """--force; and --resume, which was wanted once and does nothing: a command that is run again goes on anyway."""
     resume = click.option("--resume", is_flag=True, hidden=True, expose_value=False)
-    return click.option("--force", is_flag=True, help="Begin anew: delete what an earlier run wrote to OUT. Without it "
-                                                      "the same command goes on with that.")(resume(command))
+    force = click.option("--force", is_flag=True, help="Begin anew: delete what an earlier run wrote to OUT (eval: of "
+                         "the same splits). Without it the same command goes on with that.")
+    return force(resume(command))

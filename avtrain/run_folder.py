@@ -157,8 +157,8 @@ def newest_weights(root: Path) -> Path | None:
     return max((path for path in found if path.is_file()), key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
-def read_settings(path: Path, kind: type[Any] = dict) -> Any:
-    """What a run wrote down when it was begun.
+def read_settings(path: Path, kind: type[Any] = dict, anew: str = "--force") -> Any:
+    """What a run wrote down when it was begun; `anew` is what would begin it anew, for messages.
 
     Raises:
         AvtrainError: the file is damaged.
@@ -168,7 +168,7 @@ def read_settings(path: Path, kind: type[Any] = dict) -> Any:
     except ValueError:
         content = None
     if not isinstance(content, kind):
-        raise AvtrainError(f"{path} is damaged: --force begins anew, or choose another folder with --out")
+        raise AvtrainError(f"{path} is damaged: {anew} begins anew, or choose another folder with --out")
     return content
 
 
@@ -178,19 +178,20 @@ def write_settings(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def check_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], anew: str = "--force") -> None:
     """Raise where a run was begun with other settings.
 
     Args:
         folder: of the run.
         before: what it wrote down.
         now: what is asked for.
+        anew: what would begin it anew, for the message.
     """
     found = list(_differences(_as_read(before), _as_read(now), ""))
     if found:
         more = f", and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
         raise AvtrainError(f"{folder} was begun with other settings: {', '.join(found[:_MOST_NAMED])}{more}; use the "
-                           "same again, --force to begin anew, or another folder with --out")
+                           f"same again, {anew} to begin anew, or another folder with --out")
 
 
 def delete(paths: Iterable[Path]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from avtrain.errors import AvtrainError
+from avtrain.errors import AvtrainError, in_a_line
 
 PRECISIONS = ("auto", "bfloat16", "float32")
 
@@ -38,7 +38,7 @@ def choose_runtime(device: str | None, precision: str) -> Runtime:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise AvtrainError(f"--device {device}: {str(error).splitlines()[0]}") from error
+        raise AvtrainError(f"--device {device}: {in_a_line(error)}") from error
     fast = torch.cuda.is_bf16_supported() if chosen.type == "cuda" else _cpu_has_bfloat16()
     use = precision == "bfloat16" or (precision == "auto" and fast)
     return Runtime(chosen, torch.bfloat16 if use else None)

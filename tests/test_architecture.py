@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).parents[1]
 LONGEST_FILE_LINES = 400
 
@@ -131,6 +136,17 @@ def test_files_stay_small_and_named_for_what_they_do():
         for path in _modules(package):
             assert len(path.read_text().splitlines()) <= LONGEST_FILE_LINES, path
             assert path.stem not in ("utils", "util", "helpers", "misc", "common"), path
+
+
+def test_what_is_not_code_is_packaged_too():
+    """Presets and templates: what an installation from a wheel would lack."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        packaged = tomllib.load(file)["tool"]["setuptools"]["package-data"]
+    for package in ("avprep", "avtrain"):
+        there = {path for path in (ROOT / package).rglob("*")
+                 if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts}
+        listed = {path for pattern in packaged.get(package, ()) for path in (ROOT / package).glob(pattern)}
+        assert there <= listed, there - listed
 
 
 def test_only_cli_prints_or_exits():

@@ -20,7 +20,7 @@ from avtrain.data.manifest import ClipRow
 from avtrain.data.order import Wanted
 from avtrain.data.shards import ShardFolder, ShardReader
 from avtrain.data.views import Views, start_frames
-from avtrain.errors import AvtrainError
+from avtrain.errors import AvtrainError, Unreadable
 
 
 def check_spec(folder: ShardFolder, config: DataConfig) -> int:
@@ -78,7 +78,7 @@ class ClipDataset(Dataset[Any]):
                 self._fill(row, one, batch.visual[rows], batch.audio[rows], batch.visual_present[rows],
                            batch.audio_present[rows])
             except (ClipUnreadable, ValueError) as error:
-                batch.unreadable.append(f"{self.folder.shards[one.place.shard].name}: {row.key}: {error}")
+                batch.unreadable.append(Unreadable(self.folder.shards[one.place.shard].name, row.key, str(error)))
                 continue
             filled = rows.stop
             batch.keys += [row.key] * self._rows(one)

@@ -11,12 +11,14 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from avtrain.errors import in_a_line
+
 _BT709 = 1  # colour space in ffmpeg's numbering
 _FRAMES_AT_ONCE = 32
 
 
 class ClipUnreadable(Exception):
-    """A sample whose members can't be decoded."""
+    """A sample whose members can't be decoded, and why."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,10 @@ def decode_parts(mp4: bytes, size: int, step: int, first: int = 0, last: int | N
                     if count % size == 0:
                         yield part
                         part = None
-    except (av.error.FFmpegError, IndexError) as error:
-        raise ClipUnreadable(f"its video can't be decoded: {error}") from error
+    except av.error.FFmpegError as error:
+        raise ClipUnreadable(f"its video can't be decoded: {error.strerror}") from error
+    except IndexError as error:
+        raise ClipUnreadable("its video has no pictures") from error
     if part is not None:
         yield Planes(part.luma[:count % size], part.chroma[:count % size], part.bt709)
     if not count:
@@ -103,7 +107,7 @@ def decode_log_mel(content: bytes) -> NDArray[np.float16]:
     try:
         array = np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise ClipUnreadable(f"its log-mel can't be read: {error}") from error
+        raise ClipUnreadable(f"its log-mel can't be read: {in_a_line(error)}") from error
     if array.ndim != 2 or array.dtype != np.float16:
         raise ClipUnreadable(f"its log-mel is {array.dtype} {array.shape}")
     if not np.isfinite(array).all():

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from avtrain.errors import AvtrainError
+from avtrain.errors import AvtrainError, in_a_line
 
 TRIES = 5
 FIRST_WAIT_S = 1.0     # before the second try; doubled before each further one
@@ -37,15 +37,33 @@ _PASSING_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 _NO_SUCH_RANGE = 416
 _ADVICE = {401: "it wants credentials", 403: "is the token in the address right, and not expired?",
            404: "is the address right, and the upload finished?"}
+_IS_IT_RIGHT = "is the address right?"
 _Result = TypeVar("_Result")
+
+
+class NotFetched(AvtrainError):
+    """A file that can't be had.
+
+    Args:
+        address: where it was looked for, as it may be shown.
+        reason: why.
+        advice: what to do.
+    """
+
+    def __init__(self, address: str, reason: str, advice: str) -> None:
+        super().__init__(address, reason, advice)
+        self.address, self.reason, self.advice = address, reason, advice
+
+    def __str__(self) -> str:
+        return f"{self.address}: {self.reason}: {self.advice}"
 
 
 class _Passing(Exception):
     """What may go well at another try; `wait_s` is what the server asks for."""
 
-    def __init__(self, message: str, wait_s: float = 0.0) -> None:
-        super().__init__(message)
-        self.wait_s = wait_s
+    def __init__(self, reason: str, wait_s: float = 0.0) -> None:
+        super().__init__(reason, wait_s)
+        self.reason, self.wait_s = reason, wait_s
 
 
 class _Damaged(_Passing):
@@ -241,11 +259,11 @@ def _patiently(address: str, attempt: Callable[[], _Result]) -> _Result:
         except _Passing as error:
             damaged += isinstance(error, _Damaged)
             if damaged == 2:
-                raise AvtrainError(f"{shown(address)}: {error}, at two tries: copy the shards and their index there "
-                                   "again") from error
+                raise NotFetched(shown(address), f"{error.reason}, at two tries",
+                                 "copy the shards and their index there again") from error
             if number == TRIES:
-                raise AvtrainError(f"{shown(address)}: {error}; given up after {TRIES} tries: look after the server "
-                                   "and the network, then run the command again") from error
+                raise NotFetched(shown(address), f"{error.reason}; given up after {TRIES} tries",
+                                 "look after the server and the network, then run the command again") from error
             # Not all at the same moment. The system's randomness: no seeded generator is moved.
             time.sleep(error.wait_s + FIRST_WAIT_S * 2 ** (number - 1) * random.SystemRandom().uniform(0.5, 1.5))
     raise AssertionError("the last try returns or raises")
@@ -264,15 +282,15 @@ def _opened(address: str, first: int = 0) -> HTTPResponse:
         answer = f"the server answers {error.code} {error.reason}"
         if error.code in _PASSING_STATUSES:
             raise _Passing(answer, _retry_after_s(error.headers.get("Retry-After"))) from error
-        raise AvtrainError(f"{shown(address)}: {answer}: {_ADVICE.get(error.code, 'is the address right?')}") from error
+        raise NotFetched(shown(address), answer, _ADVICE.get(error.code, _IS_IT_RIGHT)) from error
     except urllib.error.URLError as error:
         if _is_final(error.reason):
-            raise AvtrainError(f"{shown(address)}: {error.reason}: is the address right?") from error
+            raise NotFetched(shown(address), str(error.reason), _IS_IT_RIGHT) from error
         raise _Passing(str(error.reason)) from error
     except (ValueError, InvalidURL) as error:
         raise AvtrainError(f"{shown(address)} is no address: {error}") from error
     except (OSError, HTTPException) as error:
-        raise _Passing(str(error) or type(error).__name__) from error
+        raise _Passing(in_a_line(error)) from error
 
 
 def _is_final(reason: object) -> bool:
@@ -306,4 +324,4 @@ def _blocks(response: HTTPResponse) -> Iterator[bytes]:
                     raise _Passing(f"{got} bytes came in {spent_s:.0f} seconds")
                 since, got = time.monotonic(), 0
     except (OSError, HTTPException) as error:
-        raise _Passing(f"the connection broke: {error or type(error).__name__}") from error
+        raise _Passing(f"the connection broke: {in_a_line(error)}") from error

@@ -5,16 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from avtrain.data.handover import AHEAD, begin, check_room, in_flight_bytes, packed, unpacked
+from avtrain.data.handover import AHEAD, Packed, begin, check_room, in_flight_bytes, unpacked
 from avtrain.data.order import Wanted
-from avtrain.errors import AvtrainError
+from avtrain.errors import TooManyUnreadable, Unreadable
 
 MOST_UNREADABLE = 0.01
 
@@ -30,7 +30,7 @@ class Batch:
         labels: indices of the classes of each row's clip.
         keys: of each row's clip.
         places: of each row's clip among those that were asked for.
-        unreadable: one line for every clip that is missing here because it could not be decoded.
+        unreadable: the clips that are missing here because they could not be decoded.
     """
 
     visual: Tensor
@@ -40,7 +40,7 @@ class Batch:
     labels: list[list[int]]
     keys: list[str]
     places: list[int] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
+    unreadable: list[Unreadable] = field(default_factory=list)
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(visual, audio, visual_present, audio_present) on the device.
@@ -89,6 +89,7 @@ def batches(dataset: Supplier, items: Iterable[Sequence[Any]], workers: int) -> 
 
     Raises:
         AvtrainError: what a worker can't read, can't hand over, or was ended by.
+        OSError: what the dataset raises.
     """
     items = iter(items)
     first = next(items, None)
@@ -96,17 +97,14 @@ def batches(dataset: Supplier, items: Iterable[Sequence[Any]], workers: int) -> 
         return
     check_room(in_flight_bytes(dataset.batch_bytes(first), workers))
     loader = DataLoader(
-        cast(Dataset[Any], dataset), batch_sampler=map(list, itertools.chain([first], items)),
-        collate_fn=partial(packed, _as_it_is) if workers else _as_it_is,
+        Packed(dataset) if workers else cast(Dataset[Any], dataset),
+        batch_sampler=map(list, itertools.chain([first], items)), collate_fn=_as_it_is,
         num_workers=workers, prefetch_factor=AHEAD if workers else None,
         worker_init_fn=begin if workers else None,
         # Its own, though nothing here draws from it: a loader would else take a number from the global generator
         # whenever it is made, and a run that is resumed in mid-epoch would go on with other dropout.
         generator=torch.Generator())
-    try:
-        yield from unpacked(loader) if workers else loader
-    except AvtrainError as error:  # a worker's comes with its traceback as text
-        raise AvtrainError(str(error).rpartition("AvtrainError: ")[2].strip()) from error
+    yield from unpacked(loader) if workers else loader
 
 
 class Epochs:
@@ -170,16 +168,14 @@ class UnreadableCount:
 
     def __init__(self, clips: int) -> None:
         self._most = MOST_UNREADABLE * clips
-        self.names: set[str] = set()
+        self._found: dict[tuple[str, str], Unreadable] = {}
 
-    def add(self, unreadable: list[str]) -> None:
+    def add(self, unreadable: Iterable[Unreadable]) -> None:
         """Remember these.
 
         Raises:
-            AvtrainError: by now they are more than 1 % of the clips; lists them.
+            TooManyUnreadable: by now they are more than 1 % of the clips.
         """
-        self.names.update(unreadable)
-        if len(self.names) > self._most:
-            listed = "\n  ".join(sorted(self.names)[:20])
-            raise AvtrainError(f"{len(self.names)} clips can't be decoded, more than 1 % of the data: run "
-                               f"`avprep verify` and build the shards again.\n  {listed}")
+        self._found.update({(one.shard, one.key): one for one in unreadable})
+        if len(self._found) > self._most:
+            raise TooManyUnreadable(list(self._found.values()))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avtrain.data.order import ClipPlace
-from avtrain.errors import AvtrainError
+from avtrain.errors import AvtrainError, in_a_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -172,11 +172,8 @@ class ClipRows(Sequence[ClipRow]):
                        float(columns.end_s[number]))
 
 
-def rows_of(tables: Sequence[pa.Table], clips_of_shards: Sequence[int]) -> ClipRows:
-    """The rows of checked tables, one after the other, as those of shards with so many clips."""
-    import pyarrow as pa
-
-    table = pa.concat_tables(tables)
+def rows_of(table: pa.Table, clips_of_shards: Sequence[int]) -> ClipRows:
+    """The rows of a checked table, as those of shards with so many clips."""
     clips = np.asarray(clips_of_shards, np.int64)
     labels = table["labels"].combine_chunks()
     columns = _Columns(
@@ -186,6 +183,28 @@ def rows_of(tables: Sequence[pa.Table], clips_of_shards: Sequence[int]) -> ClipR
         *(np.stack([_integers(table, f"{_COLUMN_OF[ending]}_{what}") for ending in MEMBERS], 1)
           for what in ("offset", "size")))
     return ClipRows(columns, np.arange(len(table)))
+
+
+def joined_rows(parts: Sequence[ClipRows]) -> ClipRows:
+    """All rows of the folders that these are of, one folder after the other."""
+    import pyarrow as pa
+
+    columns = [part._columns for part in parts]
+
+    def together(name: str, places_in: str | None = None) -> NDArray[Any]:
+        """A column of all parts; where it holds places in another one, these go on from part to part."""
+        arrays = [getattr(of_part, name) for of_part in columns]
+        if places_in is not None:
+            before = np.cumsum([0, *(len(getattr(of_part, places_in)) for of_part in columns[:-1])])
+            arrays = [array + array.dtype.type(count) for array, count in zip(arrays, before, strict=True)]
+        return np.concatenate(arrays)
+
+    labels_of_rows = np.concatenate([np.diff(of_part.label_ends) for of_part in columns])
+    rows = _Columns(
+        pa.concat_arrays([of_part.keys for of_part in columns]), together("shards", "first_rows"),
+        together("first_rows", "keys"), together("labels"), np.concatenate(([0], labels_of_rows.cumsum())),
+        *map(together, ("frames", "mel_frames", "start_s", "end_s", "offsets", "sizes")))
+    return ClipRows(rows, np.arange(len(rows.keys)))
 
 
 def _integers(table: pa.Table, name: str) -> NDArray[np.int64]:
@@ -218,7 +237,7 @@ def parsed(source: str | bytes, clips: int) -> pa.Table:
             pa.default_memory_pool().release_unused()
             return table
     except pa.ArrowException as error:
-        raise ValueError(str(error).partition("\n")[0]) from error
+        raise ValueError(in_a_line(error)) from error
 
 
 def check(where: str, table: pa.Table, shards: Sequence[tuple[str, int, int]], classes: int) -> None:

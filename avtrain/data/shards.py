@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import tarfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from avtrain.data.download import beside, download, fetch, fetch_json, index_address, is_remote, shown
-from avtrain.data.manifest import MANIFEST, TAR_BLOCK, ClipRows, Member, check, parsed, rows_of
+from avtrain.data.manifest import MANIFEST, TAR_BLOCK, ClipRows, Member, check, joined_rows, parsed, rows_of
 from avtrain.data.order import ClipPlace
 from avtrain.errors import AvtrainError
 
@@ -52,6 +53,8 @@ class ShardFolder:
     """A hash over the shards' checksums: names the data in reports."""
     locations: tuple[str, ...]
     """The folders or addresses that it was opened from."""
+    joined_from: tuple[ShardFolder, ...] = ()
+    """Those of one location each; none where it is of one itself."""
 
     @property
     def clips(self) -> int:
@@ -69,35 +72,64 @@ def open_folders(locations: list[str], labelled: bool = True) -> ShardFolder:
 
     Args:
         locations: folders with an `index.json`, or http(s) addresses of such folders or of the index itself.
+        labelled: as for `joined`.
+
+    Raises:
+        AvtrainError: a folder without an index, or of an unknown format; a manifest is missing or does not go with its
+            index; or as `joined`.
+    """
+    return joined([open_folder(location) for location in locations], labelled)
+
+
+def open_folder(location: str) -> ShardFolder:
+    """Read the index and the manifest of one folder of shards, of which there may be none.
+
+    Raises:
+        AvtrainError: as `open_folders`.
+    """
+    address, index = _read_index(location)
+    shards = _shards(address, index)
+    rows = rows_of(_read_manifest(address, index, shards), [shard.clips for shard in shards])
+    return ShardFolder(tuple(shards), rows, index["spec"], tuple(index["classes"]), index["multi_label"],
+                       _fingerprint(shards), (location,))
+
+
+def joined(folders: Sequence[ShardFolder], labelled: bool = True) -> ShardFolder:
+    """Folders of one location each, as one list of shards.
+
+    Args:
+        folders: in their order.
         labelled: whether labels will be used. If not, datasets of different classes go together, and no classes are
             known.
 
     Raises:
-        AvtrainError: a folder without an index, of an unknown format, named twice, or not of the same spec and classes
-            as the first; or a manifest is missing or does not go with its index.
+        AvtrainError: they are not of the same spec and classes as the first, one is there twice, or there are no clips.
     """
-    first: dict[str, Any] | None = None
-    shards: list[Shard] = []
-    tables: list[pa.Table] = []
-    for location in locations:
-        address, index = _read_index(location)
-        first = first or index
-        for what in ("spec", "classes") if labelled else ("spec",):
-            if index[what] != first[what]:
-                raise AvtrainError(f"{shown(address)}: its {what} differ from that of {shown(locations[0])}: "
-                                   f"{_difference(index[what], first[what])}")
-        of_folder = _shards(address, index)
-        tables.append(_read_manifest(address, index, of_folder))
-        shards += of_folder
-    named = ", ".join(map(shown, locations))
-    if first is None or not shards:
+    named = ", ".join(shown(folder.locations[0]) for folder in folders)
+    shards = [shard for folder in folders for shard in folder.shards]
+    if not shards:
         raise AvtrainError(f"no clips in {named or 'an empty list of folders'}")
-    if len({shard.url for shard in shards}) < len(shards):
-        raise AvtrainError(f"the same shards twice in {named}: name each folder once")
-    fingerprint = hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()[:16]
-    classes = tuple(first["classes"]) if labelled else ()
-    rows = rows_of(tables, [shard.clips for shard in shards])
-    return ShardFolder(tuple(shards), rows, first["spec"], classes, first["multi_label"], fingerprint, tuple(locations))
+    first, seen = folders[0], set[str]()
+    for folder in folders:
+        for what in ("spec", "classes") if labelled else ("spec",):
+            one, other = getattr(folder, what), getattr(first, what)
+            if one != other:
+                raise AvtrainError(f"{shown(folder.locations[0])}: its {what} differ from that of "
+                                   f"{shown(first.locations[0])}: {_difference(one, other)}")
+        of_folder = {shard.sha256 for shard in folder.shards}  # by what is in them: one place can have several names
+        if of_folder & seen:
+            raise AvtrainError(f"the same shards twice in {named}: name each folder once")
+        seen |= of_folder
+    classes = first.classes if labelled else ()
+    if len(folders) == 1:
+        return replace(first, classes=classes)
+    return ShardFolder(tuple(shards), joined_rows([folder.rows for folder in folders]), first.spec, classes,
+                       first.multi_label, _fingerprint(shards), tuple(folder.locations[0] for folder in folders),
+                       tuple(folders))
+
+
+def _fingerprint(shards: Sequence[Shard]) -> str:
+    return hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()[:16]
 
 
 def _read_manifest(address: str, index: dict[str, Any], shards: list[Shard]) -> pa.Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +16,9 @@ from avtrain import __version__
 from avtrain.config import DataConfig
 from avtrain.data.loader import MOST_UNREADABLE
 from avtrain.data.manifest import ClipRows
-from avtrain.data.shards import ShardFolder, open_folders
+from avtrain.data.shards import ShardFolder, joined, open_folder
 from avtrain.data.views import Views
-from avtrain.errors import AvtrainError
+from avtrain.errors import AvtrainError, TaskFailed
 from avtrain.run_folder import RunFolder, check_settings, delete, read_settings, write_settings
 from avtrain.runtime import Runtime
 from avtrain.transfer.features import view_features, weights_hash
@@ -25,7 +26,7 @@ from avtrain.transfer.finetune import finetune, fixed_views, predict
 from avtrain.transfer.metrics import confusion
 from avtrain.transfer.predictions import Predictions, ScoreSums, figures, mean_figures, targets_of
 from avtrain.transfer.probes import linear_scores, neighbour_scores, standardized
-from avtrain.transfer.results import draw_confusion, git_commit, numbers, read_predictions, write_predictions
+from avtrain.transfer.results import draw_confusion, git_commit, numbers, read_whole_predictions, write_predictions
 from avtrain.transfer.splits import held_out, usable_clips
 from avtrain.transfer.start import Start
 from avtrain.transfer.tasks import TASKS, Protocol, Task, protocol_for
@@ -80,7 +81,8 @@ def evaluate_task(source: Start, trial: Trial, splits: list[str], root: Path, ou
         out: folder of the results.
         cache: folder of frozen features.
         runtime: device and precision.
-        force: begin anew; what an earlier evaluation wrote is deleted.
+        force: begin these splits anew; what an earlier evaluation wrote of them, and of all splits together, is
+            deleted.
 
     Raises:
         AvtrainError: shards are missing or don't fit, or what is in `out` was begun with other settings.
@@ -91,9 +93,11 @@ def evaluate_task(source: Start, trial: Trial, splits: list[str], root: Path, ou
                 "checkpoint_sha256": source.sha256, "weights": weights_hash(source.model),
                 "precision": str(runtime.autocast_dtype or torch.float32)}
     if force:
-        _clear(out)
+        _clear(out, settings, splits)
     _check_folder(out, settings)
-    outcomes = {split: _one_split(source, trial, split, root, out / f"split-{split}", cache, runtime)
+    opened = {part: open_folder(str(root / task.dataset / part))
+              for part in dict.fromkeys(part for split in splits for parts in task.splits[split] for part in parts)}
+    outcomes = {split: _one_split(source, trial, split, opened, out / f"split-{split}", cache, runtime)
                 for split in splits}
     if before := _finished_before(out, outcomes):
         return Evaluated(before, True)
@@ -137,20 +141,20 @@ class _Outcome:
     before: bool
 
 
-def _one_split(source: Start, trial: Trial, split: str, root: Path, out: Path, cache: Path,
+def _one_split(source: Start, trial: Trial, split: str, opened: Mapping[str, ShardFolder], out: Path, cache: Path,
                runtime: Runtime) -> _Outcome:
-    """Train and test on one split, or read what was found before."""
+    """Train and test on one split, or read what was found before; `opened` are the dataset's folders."""
     task = TASKS[trial.task]
-    places = [[str(root / task.dataset / part) for part in parts] for parts in task.splits[split]]
-    both = open_folders([*places[0], *places[1]])  # checks that classes and spec are the same everywhere
-    train, test = (open_folders(part) for part in places)
+    of_train, of_test = ([opened[part] for part in parts] for parts in task.splits[split])
+    both = joined([*of_train, *of_test])  # checks that classes and spec are the same everywhere
+    train, test = joined(of_train), joined(of_test)
     _check_fit(both, source, trial)
     test_clips = usable_clips(test, trial.modality, "test")
     learned, validation = held_out(usable_clips(train, trial.modality, "training"), trial.validation, task.group,
                                    trial.seed)
     done, looked_at = out / _PREDICTIONS, out / _VALIDATION
     _check_shards(out, [train.fingerprint, test.fingerprint])
-    before = done.is_file()
+    before = done.is_file() and (looked_at.is_file() or not validation)
     if not before:
         asked = [(test, test_clips), *([(train, validation)] if validation else [])]
         if trial.protocol_name == "finetune":
@@ -161,19 +165,18 @@ def _one_split(source: Start, trial: Trial, split: str, root: Path, out: Path, c
         else:
             found = _probe(source, trial, (train, learned), asked, cache, runtime)
         if not all(np.isfinite(one.scores).all() for one in found):
-            raise AvtrainError(f"{trial.task}: outputs are not finite numbers; try a lower transfer.head_rate, or "
-                               "--precision float32")
+            raise TaskFailed(trial.task, "outputs are not finite numbers; try a lower transfer.head_rate, or "
+                             "--precision float32")
         if validation:
             write_predictions(looked_at, {split: found[1]})
         write_predictions(done, {split: found[0]})
-    on_test = read_predictions(done)  # rounded as it was written: going on finds the same
-    expected = {clip.video for clip in test_clips}
-    if (set(on_test.videos) - expected or len(expected) - len(on_test.videos) > MOST_UNREADABLE * test.clips
-            or on_test.scores.shape[1:] != (len(both.classes),)):
-        raise AvtrainError(f"{done} is not whole: delete it, and the same command makes it again")
+    # Rounded as they were written: going on finds the same.
+    on_test = read_whole_predictions(done, test_clips, len(both.classes), MOST_UNREADABLE * test.clips)
+    on_validation = (read_whole_predictions(looked_at, validation, len(both.classes), MOST_UNREADABLE * train.clips)
+                     if validation else None)
     videos = {part: len({clip.video for clip in clips})
               for part, clips in (("train", learned), ("validation", validation), ("test", test_clips))}
-    return _Outcome(on_test, read_predictions(looked_at) if validation else None, both, {
+    return _Outcome(on_test, on_validation, both, {
         "train": train.fingerprint, "test": test.fingerprint, "fps": both.spec["fps"],
         "videos": {**videos, "unreadable": videos["test"] - len(on_test.videos)}}, before)
 
@@ -183,10 +186,11 @@ def _check_fit(folder: ShardFolder, source: Start, trial: Trial) -> None:
     protocol = trial.protocol
     source.check_parts(trial.modality, protocol.sequence)
     if folder.multi_label != (protocol.loss == "binary"):
-        raise AvtrainError(f"{trial.task}: its shards have {'several labels' if folder.multi_label else 'one label'} a "
-                           f"clip, which does not go with transfer.loss={protocol.loss}")
+        labels = "several labels" if folder.multi_label else "one label"
+        raise TaskFailed(trial.task, f"its shards have {labels} a clip, which does not go with "
+                         f"transfer.loss={protocol.loss}")
     if not folder.classes:
-        raise AvtrainError(f"{trial.task}: its shards have no classes")
+        raise TaskFailed(trial.task, "its shards have no classes")
     longest = source.model.config.max_segments
     if protocol.sequence and max(protocol.train_views, protocol.test_views) > longest:
         raise AvtrainError(f"transfer.train_views, transfer.test_views: the model has positions for {longest} segments")
@@ -227,8 +231,8 @@ def _probe(source: Start, trial: Trial, known: tuple[ShardFolder, ClipRows],
 def _rows_of(source: Start, folder: ShardFolder, clips: ClipRows, views: Views, cache: Path,
              runtime: Runtime) -> tuple[torch.Tensor, list[str], list[list[int]]]:
     """Features, keys and labels of the views of these clips; cached for each folder of shards by itself."""
-    parts = [view_features(source.model, open_folders([location]), source.data, views, runtime, cache)
-             for location in folder.locations]
+    parts = [view_features(source.model, of_one, source.data, views, runtime, cache)
+             for of_one in folder.joined_from or (folder,)]
     wanted = set(clips.keys())
     keys = [key for part in parts for key in part.keys]
     labels = [one for part in parts for one in part.labels]
@@ -284,17 +288,18 @@ def _differences(task: Task, trial: Trial, data: DataConfig, outcomes: dict[str,
     return found
 
 
-def _check_folder(out: Path, settings: dict[str, Any]) -> None:
-    """Raise where the folder holds something else; write down the settings where there is nothing yet."""
+def _check_folder(out: Path, settings: dict[str, Any], anew: str = "--force") -> None:
+    """Raise where the folder holds something else; write down the settings where there is nothing yet. `anew` is what
+    is then said to begin anew."""
     path = out / _SETTINGS
-    settings["data"].pop("workers")  # how batches are made does not change them
+    settings["data"].pop("workers", None)  # how batches are made does not change them
     if not ((out / _RESULTS).is_file() or any(map(_has_begun, out.glob("split-*")))):
         write_settings(path, settings)
         return
     if not path.is_file():
         raise AvtrainError(f"{out} holds results of no `avtrain eval`, for {path} is not there: choose another folder "
                            "with --out")
-    check_settings(out, read_settings(path), settings)
+    check_settings(out, read_settings(path, anew=anew), settings, anew)
 
 
 def _check_shards(out: Path, fingerprints: list[str]) -> None:
@@ -325,11 +330,20 @@ def _finished_before(out: Path, outcomes: dict[str, _Outcome]) -> dict[str, Any]
     return found if list(found.get("splits", ())) == list(outcomes) and found.get("shards") == shards else None
 
 
-def _clear(out: Path) -> None:
-    """Delete what an evaluation wrote; its settings last, by which it is known to be one."""
+def _clear(out: Path, settings: dict[str, Any], splits: list[str]) -> None:
+    """Delete what an evaluation of these splits writes. The settings last, by which it is known to be one; they stay
+    where another split has begun with them.
+
+    Raises:
+        AvtrainError: another split has begun with other settings; nothing is deleted.
+    """
     if not (out / _SETTINGS).is_file():
         return
-    for of_split in out.glob("split-*"):
+    asked = [out / f"split-{split}" for split in splits]
+    others = [of_split for of_split in sorted(out.glob("split-*")) if of_split not in asked and _has_begun(of_split)]
+    if others:
+        _check_folder(out, settings, "--split all --force")
+    for of_split in asked:
         RunFolder(of_split).clear()
         delete(of_split / name for name in (_PREDICTIONS, _VALIDATION, _SHARDS))
-    delete(out / name for name in (_RESULTS, _PREDICTIONS, _CONFUSION, _SETTINGS))
+    delete(out / name for name in (_RESULTS, _PREDICTIONS, _CONFUSION, *(() if others else (_SETTINGS,))))

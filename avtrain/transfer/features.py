@@ -190,6 +190,8 @@ def _cached(kind: type[_Kind], compute: Callable[[], _Kind], cache: Path | None,
             return _read(kind, path)
         except (SafetensorError, KeyError, ValueError, TypeError):
             path.unlink()  # damaged: it can be made again
+    elif path.exists():
+        raise AvtrainError(f"{path} is no file, where features are kept: move it away, or choose another --cache")
     features = compute()
     tensors = {field.name: tensor.contiguous() for field in dataclasses.fields(kind)
                if isinstance(tensor := getattr(features, field.name), Tensor)}

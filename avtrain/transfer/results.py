@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from avtrain.data.manifest import ClipRow
 from avtrain.errors import AvtrainError
 from avtrain.files import written_whole
 from avtrain.transfer.predictions import Figure, Predictions
@@ -81,11 +82,36 @@ def read_predictions(path: Path) -> Predictions:
     """
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        found = Predictions([line["video"] for line in lines], [line["labels"] for line in lines],
+        found = Predictions([str(line["video"]) for line in lines], [list(line["labels"]) for line in lines],
                             np.asarray([line["scores"] for line in lines], np.float64))
         found.targets()
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise AvtrainError(f"{path} is damaged: delete it, and the same command makes it again") from error
+    return found
+
+
+def read_whole_predictions(path: Path, clips: Iterable[ClipRow], classes: int, most_missing: float) -> Predictions:
+    """The same, of the videos of these clips.
+
+    Args:
+        path: the file.
+        clips: those whose videos were predicted.
+        classes: how many.
+        most_missing: so many of the videos may be missing, as they could not be decoded.
+
+    Raises:
+        AvtrainError: it is damaged, or not of these videos and classes.
+    """
+    found = read_predictions(path)
+    labels: dict[str, set[int]] = {}
+    for clip in clips:
+        labels.setdefault(clip.video, set()).update(clip.labels)
+    wrong = [video for video, of_video in zip(found.videos, found.labels, strict=True)
+             if video not in labels or sorted(labels[video]) != of_video]
+    missing = len(labels) - len(set(found.videos))
+    if (wrong or missing > most_missing or len(set(found.videos)) < len(found.videos)
+            or found.scores.shape[1:] != (classes,) or not np.isfinite(found.scores).all()):
+        raise AvtrainError(f"{path} is not whole: delete it, and the same command makes it again")
     return found
 
 

@@ -161,7 +161,7 @@ def draw_retrieval(found: Retrieval, folder: ShardFolder, data: DataConfig, outp
         for column, (clip, sound) in enumerate([(query, from_sound), *((one, not from_sound) for one in shown)]):
             item = dataset[places[found.keys[clip]], 0]
             if item.unreadable:
-                raise AvtrainError(item.unreadable[0])
+                raise AvtrainError(str(item.unreadable[0]))
             axis = axes[row, column]
             if sound:
                 heard = item.audio[item.audio_present][:, 0].transpose(0, 1).flatten(1).numpy()

@@ -31,6 +31,8 @@ def test_help_answers_in_half_a_second_without_heavy_imports():
     (("build", "--dataset", "demo", "--frames", "100"), "multiple of --segment-frames"),
     (("build", "--dataset", "demo", "--crf", "99"), "--crf is 99"),
     (("build", "--workers", "0"), "--workers"),
+    (("build", "--shard-mb", "nan"), "--shard-mb nan: a number is wanted"),
+    (("build", "--timeout", "inf"), "--timeout inf: a number is wanted"),
     (("info", "nowhere"), "no folder nowhere"),
     (("verify", "."), "index.json"),
     (("preview", "nowhere"), "no folder nowhere"),

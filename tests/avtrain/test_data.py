@@ -23,7 +23,7 @@ from avtrain.data.decode import Planes, decode_frames
 from avtrain.data.loader import UnreadableCount, batches
 from avtrain.data.order import at_epoch, batches_of, epoch_order, fixed_order
 from avtrain.data.shards import ShardReader, open_folders
-from avtrain.errors import AvtrainError
+from avtrain.errors import AvtrainError, TooManyUnreadable
 
 TINY = DataConfig(segment_frames=8, crop=40, scale=(46, 56))
 
@@ -298,13 +298,15 @@ def test_unreadable_clips_are_named_and_too_many_stop_the_run(folders, tmp_path)
     folder = open_folders([str(tmp_path), str(folders[0])])
     [batch] = _all(folder, [fixed_order([shard.clips for shard in folder.shards])], 0)
     assert len(batch.keys) == folder.clips - 1
-    [line] = batch.unreadable
-    assert str(broken) in line and "can't be decoded" in line
+    [one] = batch.unreadable
+    assert one.shard == str(broken) and one.key == folder.rows[0].key
+    assert one.reason.startswith("its video can't be decoded: Invalid data")
     count = UnreadableCount(200)
     count.add(batch.unreadable)
-    count.add(batch.unreadable)  # the same clip, an epoch later
-    with pytest.raises(AvtrainError, match="more than 1 %"):
+    count.add([replace(one, reason="another")])  # the same clip, an epoch later
+    with pytest.raises(TooManyUnreadable, match="1 clips can't be decoded, more than 1 %") as caught:
         UnreadableCount(folder.clips).add(batch.unreadable)
+    assert caught.value.clips == [one] and f"\n  {broken}: {one.key}: {one.reason}" in str(caught.value)
 
 
 def test_shards_come_over_http(folders, tmp_path, monkeypatch):
@@ -333,9 +335,12 @@ def test_what_does_not_fit_is_said(folders, tmp_path):
         check_spec(folder, DataConfig(mels=64))
     with pytest.raises(AvtrainError, match="no .*nowhere/index.json"):
         open_folders([str(tmp_path / "nowhere")])
-    with pytest.raises(AvtrainError, match="the same shards twice"):
-        open_folders([str(folders[0]), f"{folders[0]}/"])
+    (tmp_path / "link").symlink_to(folders[0])
+    for again in (f"{folders[0]}/", f"{folders[0]}/../train/index.json", str(tmp_path / "link")):
+        with pytest.raises(AvtrainError, match="the same shards twice"):
+            open_folders([str(folders[0]), again], labelled=False)
     index = json.loads((folders[0] / "index.json").read_text())
+    shutil.copy(folders[0] / "clips.parquet", tmp_path)
     for change, message in (({"format_version": 9}, "format version 9"), ({"format": "x"}, "not an index of avprep"),
                             ({"shardlist": None}, "is damaged: no shardlist"),
                             ({"spec": {**index["spec"], "fps": 15}}, "spec differ.*fps 15 and 16"),

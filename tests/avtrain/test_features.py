@@ -12,6 +12,7 @@ from avtrain.config import DataConfig, ModelConfig
 from avtrain.data.clips import ClipDataset
 from avtrain.data.order import fixed_order
 from avtrain.data.shards import open_folders
+from avtrain.errors import AvtrainError
 from avtrain.models.avbert import AVBert
 from avtrain.runtime import Runtime
 from avtrain.transfer.features import frozen_features
@@ -91,3 +92,13 @@ def test_a_damaged_cache_is_made_again(folder, model, tmp_path):
         path.write_bytes(damaged)
         assert torch.equal(frozen_features(model, folder, DATA, CPU, tmp_path).visual_pooled, first.visual_pooled)
         assert path.read_bytes() == whole
+
+
+def test_a_folder_in_a_cache_files_place_is_named_before_anything_is_computed(folder, model, tmp_path, monkeypatch):
+    frozen_features(model, folder, DATA, CPU, tmp_path)
+    [path] = tmp_path.iterdir()
+    path.unlink()
+    path.mkdir()
+    monkeypatch.setattr(AVBert, "forward", None)
+    with pytest.raises(AvtrainError, match=f"{path} is no file, where features are kept"):
+        frozen_features(model, folder, DATA, CPU, tmp_path)

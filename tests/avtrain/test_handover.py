@@ -19,11 +19,12 @@ from torch.utils.data import Dataset
 from avtrain.config import read_config
 from avtrain.data import handover
 from avtrain.data.clips import ClipDataset
+from avtrain.data.download import NotFetched
 from avtrain.data.loader import Batch, batches
 from avtrain.data.order import at_epoch, batches_of, fixed_order
 from avtrain.data.shards import open_folders
 from avtrain.data.views import Views
-from avtrain.errors import AvtrainError
+from avtrain.errors import AvtrainError, TaskFailed, TooManyUnreadable, Unreadable
 
 ROOT = Path(__file__).parents[2]
 MIB = 2**20
@@ -131,17 +132,35 @@ def test_a_worker_that_is_ended_is_an_error_where_its_batch_is_awaited(number, m
 
 
 def test_what_goes_wrong_in_handing_over_is_said(monkeypatch):
-    for error, message in ((RuntimeError("unable to mmap"), "unable to mmap; give it more"),
-                           (OSError(errno.EMFILE, "Too many open files"), "raise the limit")):
+    for error, message in ((RuntimeError("unable to mmap\nin C++"), "unable to mmap; give it more"),
+                           (OSError(errno.EMFILE, "Zu viele"), "raise the limit"),
+                           (RuntimeError("received 0 items of ancdata"), "raise the limit"),
+                           (RuntimeError("unable to open </torch_1>: Too many open files (24)"), "raise the limit")):
         def fails(batch, error=error):
             raise error
 
         with monkeypatch.context() as patch:
             patch.setattr(handover, "ForkingPickler", SimpleNamespace(dumps=fails))
-            with pytest.raises(AvtrainError, match=message) as caught:
+            with pytest.raises(handover.NotHandedOver, match=message) as caught:
                 _keys(_Made())
         # Nor is a worker left while the error, and with it the loader, is held.
         assert "\n" not in str(caught.value) and not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("error", [
+    TaskFailed("AvtrainError: demo", "AvtrainError: a reason\nin two lines"), handover.NotHandedOver("no room", False),
+    handover.WorkerEnded(frozenset({-9})), NotFetched("http://h/a", "gone", "look for it"),
+    TooManyUnreadable([Unreadable("a.tar", "key", "its video can't be decoded: broken")]),
+    FileNotFoundError(errno.ENOENT, "No such file or directory", "a.tar")])
+def test_an_error_comes_from_a_worker_as_it_was_raised(error, workers):
+    def fails():
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        _keys(_Made(befalls=fails), workers=workers)
+    assert str(caught.value) == str(error) and caught.value.args == error.args
+    assert vars(caught.value) == vars(error) and getattr(caught.value, "filename", "") == getattr(error, "filename", "")
 
 
 def test_faults_of_our_own_are_not_taken_for_a_lost_worker():

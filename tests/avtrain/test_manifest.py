@@ -226,5 +226,5 @@ def test_a_tar_that_does_not_fit_its_row_is_named_and_refused(copy, change, mess
 
 def test_a_log_mel_that_is_shorter_than_its_row_says_is_unreadable(copy):
     _written(copy, _with("mel_frames", 0, lambda frames: frames + 1)(table_of(copy)))
-    [line] = ClipDataset(open_folders([str(copy)]), DataConfig(segment_frames=8), None)[ClipPlace(0, 0), 0].unreadable
-    assert "its log-mel has 80 x 1920 values, its row says 1921 frames" in line
+    [one] = ClipDataset(open_folders([str(copy)]), DataConfig(segment_frames=8), None)[ClipPlace(0, 0), 0].unreadable
+    assert "its log-mel has 80 x 1920 values, its row says 1921 frames" in one.reason

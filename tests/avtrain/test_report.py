@@ -1,10 +1,13 @@
 """The report of a run: a picture and a page made from its folder alone."""
 
 import base64
+import html
 import json
 import math
+import os
 import re
 import struct
+from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -13,7 +16,8 @@ from click.testing import CliRunner
 from avtrain.cli import main
 from avtrain.config import config_to, read_config
 from avtrain.errors import AvtrainError
-from avtrain.pretraining.report import PICTURE_PIXELS, chance_of, held_out_text, write_report
+from avtrain.pretraining.curves import PICTURE_PIXELS, chance_of
+from avtrain.pretraining.report import held_out_text, write_report
 
 # Three steps of four, the last one evaluated; a batch of two clips may have nothing masked.
 LINES = [
@@ -39,7 +43,8 @@ def run(tmp_path):
 
 
 def _cells(page):
-    return [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
+    return [[html.unescape(cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)]
+            for row in re.findall(r"<tr>(.*?)</tr>", page)]
 
 
 def _png_size(content):
@@ -67,8 +72,8 @@ def test_the_page_holds_the_figures_beside_chance_the_settings_and_the_curves(ru
 
 
 def test_odd_runs_are_drawn_too(tmp_path):
-    """Killed while writing, one step long, never evaluated, with a loss that was not finite, oddly named."""
-    folder = tmp_path / "<b>run & co"
+    """Killed while writing, one step long, never evaluated, with a loss that was not finite."""
+    folder = tmp_path / "run"
     folder.mkdir()
     config = read_config("tiny", ["model.fusion=late", "objectives.sampling=random"])
     (folder / "config.json").write_text(json.dumps(config_to(config)))
@@ -77,10 +82,40 @@ def test_odd_runs_are_drawn_too(tmp_path):
         '"waiting_share": 0.5}\n{"step": 2, "lo')
     page, picture = write_report(folder)
     text = page.read_text()
-    assert "<b>" not in text and "&lt;b&gt;run &amp; co" in text
     rows = {cells[0]: cells[1:] for cells in _cells(text)}
-    assert rows["mep_audio"][1] == "4.0000" and rows["loss"][1] == "–" and rows["model.fusion"][0] == "&quot;late&quot;"
+    assert rows["mep_audio"][1] == "4.0000" and rows["loss"][1] == "–" and rows["model.fusion"][0] == '"late"'
+    assert "<h2>Figures</h2>" in text and "step 1 of" in text and "0 skipped steps" in text
     assert _png_size(picture.read_bytes()) == PICTURE_PIXELS
+
+
+class _Tags(HTMLParser):
+    """The tags of a page, with their attributes, and its text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, [name for name, _ in attributes]))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.mark.parametrize("name", [
+    "<script>alert(1)<", "</title><img src=x onerror=alert(1)>", "\" onload=\"x", "{{ 7 * 7 }}{% raw %}",
+    "a & b &lt; c", os.fsdecode(b"not utf-8 \xff")])
+def test_names_of_strangers_are_text_on_the_page(run, name):
+    """Of the run's folder, and of figures in its metrics."""
+    plain = _Tags(write_report(run)[0].read_text())
+    metrics = run / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("mep_visual", json.dumps(name)[1:-1]))
+    folder = run.rename(run.with_name(name.replace("/", "")))
+    page = _Tags(write_report(folder)[0].read_text())
+    assert page.tags == plain.tags and "script" not in dict(page.tags)
+    for shown in (name, name.replace("/", "")):
+        assert shown.encode(errors="backslashreplace").decode() in page.text
 
 
 def test_what_is_no_run_is_said(run, tmp_path):
@@ -94,6 +129,13 @@ def test_what_is_no_run_is_said(run, tmp_path):
     with pytest.raises(AvtrainError, match="damaged"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_page_that_cant_be_written_is_named_as_it_would_be_called(run):
+    (run / "report.html").mkdir()
+    done = CliRunner().invoke(main, ["report", str(run)])
+    assert done.exit_code == 1 and done.stderr == f"Error: {run}/report.html: Is a directory\n"
+    assert not [path for path in run.iterdir() if path.name.startswith(".")]
 
 
 def test_chance_is_what_the_run_recorded():

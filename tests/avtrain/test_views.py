@@ -143,9 +143,9 @@ def test_random_starts_reach_the_whole_recording(folder):
     assert _rows(folder, clip, views, None, 0, 0).visual.shape[:2] == (1, 1)
 
 
-def test_a_broken_clip_is_a_line(folder, monkeypatch):
+def test_a_broken_clip_is_named(folder, monkeypatch):
     clip = _clip(folder, "wide")
     monkeypatch.setattr(ShardReader, "read", lambda self, *place: (clip.key, {"mp4": b"broken", "logmel.npy": b""}))
     for batch in (_rows(folder, clip, Views("both", 2)), ClipDataset(folder, DATA, 0)[clip.place, 0]):
-        [line] = batch.unreadable
-        assert clip.key in line and batch.keys == [] and len(batch.visual) == len(batch.audio_present) == 0
+        [one] = batch.unreadable
+        assert one.key == clip.key and batch.keys == [] and len(batch.visual) == len(batch.audio_present) == 0
