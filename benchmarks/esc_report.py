@@ -14,9 +14,9 @@ from avtrain.config import Config, read_config
 from avtrain.runtime import Runtime, choose_runtime
 from avtrain.transfer.evaluate import Trial, evaluate_task
 from avtrain.transfer.predictions import Figure, figures, mean_figures
+from avtrain.transfer.protocols import protocol_for
 from avtrain.transfer.results import read_predictions
 from avtrain.transfer.start import Start, load_source, random_source
-from avtrain.transfer.tasks import protocol_for
 from benchmarks.learned import add_force, in_one_line, trained
 
 PRESET = "sound"
@@ -43,7 +43,7 @@ def main() -> None:
     rows: dict[str, list[dict[str, Figure]]] = {}
     minutes: dict[str, str] = {}
     for name, recipe in WAYS:
-        trial = Trial("esc10", name, protocol_for("esc10", name, recipe, of_transfer), "audio", seed=options.seed)
+        trial = Trial("esc10", protocol_for("esc10", name, recipe, of_transfer), "audio", seed=options.seed)
         for start in ("random", "pretrained"):
             began, label = time.monotonic(), f"{start}, {name} ({recipe})"
             found = [

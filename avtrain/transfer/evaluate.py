@@ -12,12 +12,14 @@ import numpy as np
 import torch
 
 from avtrain import __version__
-from avtrain.config import DataConfig
+from avtrain.config import DataConfig, config_from, config_to
 from avtrain.data.loader import MOST_UNREADABLE
 from avtrain.data.manifest import ClipRows
 from avtrain.data.shards import ShardFolder, open_folders
 from avtrain.data.views import Views
 from avtrain.errors import AvtrainError
+from avtrain.fields import kinds_of
+from avtrain.retired import current_names
 from avtrain.run_folder import RunFolder, check_settings, delete, read_settings, write_settings
 from avtrain.runtime import Runtime
 from avtrain.transfer.features import view_features, weights_hash
@@ -25,10 +27,11 @@ from avtrain.transfer.finetune import finetune, fixed_views, predict
 from avtrain.transfer.metrics import confusion
 from avtrain.transfer.predictions import Predictions, ScoreSums, figures, mean_figures, targets_of
 from avtrain.transfer.probes import linear_scores, neighbour_scores, standardized
+from avtrain.transfer.protocols import Finetune, Linear, Neighbours, Protocol, protocol_for
 from avtrain.transfer.results import draw_confusion, git_commit, numbers, read_predictions, write_predictions
 from avtrain.transfer.splits import held_out, usable_clips
 from avtrain.transfer.start import Start
-from avtrain.transfer.tasks import TASKS, Protocol, Task, protocol_for
+from avtrain.transfer.tasks import TASKS, Task
 
 _SETTINGS, _SHARDS = "settings.json", "shards.json"
 _RESULTS, _CONFUSION = "results.json", "confusion.png"
@@ -41,7 +44,6 @@ class Trial:
 
     Attributes:
         task: a key of `TASKS`.
-        protocol_name: finetune, linear or knn.
         protocol: its settings.
         modality: visual, audio or both.
         validation: share of the training clips that is held out of training, by group, and only looked at.
@@ -49,7 +51,6 @@ class Trial:
     """
 
     task: str
-    protocol_name: str
     protocol: Protocol
     modality: str
     validation: float = 0.0
@@ -86,13 +87,13 @@ def evaluate_task(source: Start, trial: Trial, splits: list[str], root: Path, ou
         AvtrainError: shards are missing or don't fit, or what is in `out` was begun with other settings.
     """
     task = TASKS[trial.task]
-    settings = {**dataclasses.asdict(trial), "views": _views_json(trial), "data": dataclasses.asdict(source.data),
-                "model": dataclasses.asdict(source.model.config), "checkpoint": source.name,
-                "checkpoint_sha256": source.sha256, "weights": weights_hash(source.model),
+    settings = {"protocol_name": trial.protocol.name, **dataclasses.asdict(trial), "views": _views_json(trial),
+                "data": dataclasses.asdict(source.data), "model": dataclasses.asdict(source.model.config),
+                "checkpoint": source.name, "checkpoint_sha256": source.sha256, "weights": weights_hash(source.model),
                 "precision": str(runtime.autocast_dtype or torch.float32)}
     if force:
         _clear(out)
-    _check_folder(out, settings)
+    _check_folder(out, trial, settings)
     outcomes = {split: _one_split(source, trial, split, root, out / f"split-{split}", cache, runtime)
                 for split in splits}
     if before := _finished_before(out, outcomes):
@@ -100,7 +101,7 @@ def evaluate_task(source: Start, trial: Trial, splits: list[str], root: Path, ou
     folder = next(iter(outcomes.values())).folder
     of_splits = [figures(outcome.test, folder.multi_label, trial.seed) for outcome in outcomes.values()]
     results = {
-        "task": trial.task, "protocol": trial.protocol_name, "modality": trial.modality,
+        "task": trial.task, "protocol": trial.protocol.name, "modality": trial.modality,
         "splits": {split: numbers(of_split) for split, of_split in zip(splits, of_splits, strict=True)},
         "mean": numbers(mean_figures(of_splits)),
         "validation": {split: numbers(figures(outcome.validation, folder.multi_label, trial.seed))
@@ -153,13 +154,13 @@ def _one_split(source: Start, trial: Trial, split: str, root: Path, out: Path, c
     before = done.is_file()
     if not before:
         asked = [(test, test_clips), *([(train, validation)] if validation else [])]
-        if trial.protocol_name == "finetune":
+        if isinstance(trial.protocol, Finetune):
             classifier = finetune(copy.deepcopy(source.model), source.parts, train, learned, validation, source.data,
                                   trial.protocol, trial.modality, out, runtime, trial.seed)
             found = [predict(classifier, folder, clips, source.data, trial.protocol, trial.modality, runtime)
                      for folder, clips in asked]
         else:
-            found = _probe(source, trial, (train, learned), asked, cache, runtime)
+            found = _probe(source, trial, trial.protocol, (train, learned), asked, cache, runtime)
         if not all(np.isfinite(one.scores).all() for one in found):
             raise AvtrainError(f"{trial.task}: outputs are not finite numbers; try a lower transfer.head_rate, or "
                                "--precision float32")
@@ -182,7 +183,7 @@ def _check_fit(folder: ShardFolder, source: Start, trial: Trial) -> None:
     """Raise where the protocol does not go with the shards or the model."""
     protocol = trial.protocol
     source.check_parts(trial.modality, protocol.sequence)
-    if folder.multi_label != (protocol.loss == "binary"):
+    if not isinstance(protocol, Neighbours) and folder.multi_label != (protocol.loss == "binary"):
         raise AvtrainError(f"{trial.task}: its shards have {'several labels' if folder.multi_label else 'one label'} a "
                            f"clip, which does not go with transfer.loss={protocol.loss}")
     if not folder.classes:
@@ -192,11 +193,11 @@ def _check_fit(folder: ShardFolder, source: Start, trial: Trial) -> None:
         raise AvtrainError(f"transfer.train_views, transfer.test_views: the model has positions for {longest} segments")
 
 
-def _probe(source: Start, trial: Trial, known: tuple[ShardFolder, ClipRows],
+def _probe(source: Start, trial: Trial, protocol: Linear | Neighbours, known: tuple[ShardFolder, ClipRows],
            asked: list[tuple[ShardFolder, ClipRows]], cache: Path, runtime: Runtime) -> list[Predictions]:
     """Linear or nearest neighbours, on cached features: learned from the clips that are known, for each that are
     asked."""
-    protocol, classes = trial.protocol, len(known[0].classes)
+    classes = len(known[0].classes)
     views = Views(trial.modality, protocol.train_views, whole=protocol.test_whole)
     x, keys, labels = _rows_of(source, *known, views, cache, runtime)
     others, other_keys = [], []
@@ -207,7 +208,7 @@ def _probe(source: Start, trial: Trial, known: tuple[ShardFolder, ClipRows],
     targets = targets_of(labels, classes, known[0].multi_label)
     if protocol.standardize:
         x, *others = standardized(x, *others)
-    if trial.protocol_name == "linear":
+    if isinstance(protocol, Linear):
         scores = linear_scores(x, targets, torch.cat(others), classes, protocol, trial.seed, runtime.device)
     else:
         x, first = _means_by_clip(x, keys)
@@ -264,10 +265,10 @@ def _differences(task: Task, trial: Trial, data: DataConfig, outcomes: dict[str,
         found.append(f"{trial.modality} instead of {task.modality}")
     others = [f"data.{name}" for name in ("segment_frames", "crop", "scale")
               if trial.modality != "audio" and getattr(data, name) != getattr(DataConfig(), name)]
-    if trial.protocol_name != task.protocol:
-        found.append(f"{trial.protocol_name} instead of {task.protocol}")
+    if trial.protocol.name != task.protocol:
+        found.append(f"{trial.protocol.name} instead of {task.protocol}")
     else:
-        theirs = dataclasses.asdict(protocol_for(trial.task, trial.protocol_name, "published"))
+        theirs = dataclasses.asdict(protocol_for(trial.task, trial.protocol.name, "published"))
         others = [name for name, value in dataclasses.asdict(trial.protocol).items() if value != theirs[name]] + others
     if others:
         found.append(f"other {', '.join(others)}")
@@ -284,7 +285,7 @@ def _differences(task: Task, trial: Trial, data: DataConfig, outcomes: dict[str,
     return found
 
 
-def _check_folder(out: Path, settings: dict[str, Any]) -> None:
+def _check_folder(out: Path, trial: Trial, settings: dict[str, Any]) -> None:
     """Raise where the folder holds something else; write down the settings where there is nothing yet."""
     path = out / _SETTINGS
     settings["data"].pop("workers")  # how batches are made does not change them
@@ -294,7 +295,19 @@ def _check_folder(out: Path, settings: dict[str, Any]) -> None:
     if not path.is_file():
         raise AvtrainError(f"{out} holds results of no `avtrain eval`, for {path} is not there: choose another folder "
                            "with --out")
-    check_settings(out, read_settings(path), settings)
+    check_settings(out, _as_of_today(read_settings(path), trial, path), settings)
+
+
+def _as_of_today(before: dict[str, Any], trial: Trial, path: Path) -> dict[str, Any]:
+    """Settings that an earlier version may have written: under today's names, and without what the protocol does not
+    have."""
+    config = config_to(config_from({name: before.get(name, {}) for name in ("model", "data")}, str(path)))
+    del config["data"]["workers"]
+    of_protocol = before.get("protocol")
+    if isinstance(of_protocol, dict):
+        known, of_protocol = kinds_of(type(trial.protocol)), current_names("transfer", of_protocol, written=True)
+        of_protocol = {name: value for name, value in of_protocol.items() if name in known}
+    return before | {"model": config["model"], "data": config["data"], "protocol": of_protocol}
 
 
 def _check_shards(out: Path, fingerprints: list[str]) -> None:
