@@ -25,7 +25,7 @@ from avtrain.runtime import Runtime
 from avtrain.transfer.features import view_features, weights_hash
 from avtrain.transfer.finetune import finetune, fixed_views, predict
 from avtrain.transfer.metrics import confusion
-from avtrain.transfer.predictions import Predictions, ScoreSums, figures, mean_figures, targets_of
+from avtrain.transfer.predictions import Predictions, ScoreSums, mean_metrics, metrics_of, targets_of
 from avtrain.transfer.probes import linear_scores, neighbour_scores, standardized
 from avtrain.transfer.protocols import Finetune, Linear, Neighbours, Protocol, protocol_for
 from avtrain.transfer.results import draw_confusion, git_commit, numbers, read_predictions, write_predictions
@@ -99,12 +99,12 @@ def evaluate_task(source: Start, trial: Trial, splits: list[str], root: Path, ou
     if before := _finished_before(out, outcomes):
         return Evaluated(before, True)
     folder = next(iter(outcomes.values())).folder
-    of_splits = [figures(outcome.test, folder.multi_label, trial.seed) for outcome in outcomes.values()]
+    of_splits = [metrics_of(outcome.test, folder.multi_label, trial.seed) for outcome in outcomes.values()]
     results = {
         "task": trial.task, "protocol": trial.protocol.name, "modality": trial.modality,
         "splits": {split: numbers(of_split) for split, of_split in zip(splits, of_splits, strict=True)},
-        "mean": numbers(mean_figures(of_splits)),
-        "validation": {split: numbers(figures(outcome.validation, folder.multi_label, trial.seed))
+        "mean": numbers(mean_metrics(of_splits)),
+        "validation": {split: numbers(metrics_of(outcome.validation, folder.multi_label, trial.seed))
                        for split, outcome in outcomes.items() if outcome.validation},
         "published": task.published, "source": task.source,
         "differs_from_published": _differences(task, trial, source.data, outcomes),

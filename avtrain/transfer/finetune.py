@@ -31,7 +31,7 @@ from avtrain.models.heads import ClipHead, SequenceHead
 from avtrain.progress import bar_options
 from avtrain.run_folder import RunFolder
 from avtrain.runtime import Runtime, seed_everything
-from avtrain.transfer.predictions import Predictions, ScoreSums, figures, targets_of
+from avtrain.transfer.predictions import Predictions, ScoreSums, metrics_of, targets_of
 from avtrain.transfer.protocols import HINGE_MARGIN, Finetune, Protocol, Trained
 
 _SAVE_EVERY = 500
@@ -170,7 +170,7 @@ def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: C
         found = predict(classifier, folder, validation, data, protocol, modality, runtime)
         classifier.train()
         return {f"validation_{name}": figure.value
-                for name, figure in figures(found, protocol.loss == "binary", seed).items()}
+                for name, figure in metrics_of(found, protocol.loss == "binary", seed).items()}
 
     classifier.train()
     run.train(step, epochs, runtime.autocast, evaluate)
