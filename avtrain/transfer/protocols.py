@@ -36,7 +36,7 @@ class _Seen:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Trained(_Seen):
+class _Trained:
     """What is trained by Adam; weight decay is its L2 term, and 0 on norms. Rates end at 0."""
 
     epochs: Count
@@ -58,7 +58,7 @@ class _Trained(_Seen):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Frozen(_Seen):
+class _Frozen:
     """What judges the features of a network that stays as it is."""
 
     sequence: ClassVar[bool] = False
@@ -67,7 +67,7 @@ class _Frozen(_Seen):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(_Trained):
+class Finetune(_Seen, _Trained):
     """The network and new heads are trained; the rates rise, then fall along a cosine."""
 
     name: ClassVar[str] = "finetune"
@@ -99,14 +99,14 @@ class Finetune(_Trained):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(_Frozen, _Trained):
+class Linear(_Frozen, _Seen, _Trained):
     """A linear classifier on frozen features; its rate falls in a line."""
 
     name: ClassVar[str] = "linear"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Neighbours(_Frozen):
+class Neighbours(_Frozen, _Seen):
     """The vote of the nearest training clips, weighted by exp(cosine / 0.07)."""
 
     name: ClassVar[str] = "knn"
