@@ -201,14 +201,14 @@ def evaluate(task: str, checkpoint: Path | None, init: str | None, preset: str |
 
     Run again, it goes on with what is in OUT, and does nothing again that is done.
     """
-    from avtrain.config import check_overrides
+    from avtrain.config import ModelConfig, ViewConfig, check_overrides
     from avtrain.runtime import choose_runtime
     from avtrain.transfer.evaluate import Trial, evaluate_task
-    from avtrain.transfer.features import TRAINING_ONLY
+    from avtrain.transfer.protocols import protocol_for
     from avtrain.transfer.results import results_text
     from avtrain.transfer.splits import present_tasks, splits_of
     from avtrain.transfer.start import load_source, newest_checkpoint, random_source
-    from avtrain.transfer.tasks import TASKS, protocol_for
+    from avtrain.transfer.tasks import TASKS
 
     if task != "all" and task not in TASKS:
         raise AvtrainError(f"--task {task}: known are {', '.join(TASKS)}, and all")
@@ -219,8 +219,7 @@ def evaluate(task: str, checkpoint: Path | None, init: str | None, preset: str |
     if not init and not checkpoint:
         checkpoint = newest_checkpoint(Path("runs"))
         click.echo(f"--checkpoint {checkpoint}: the last one of the newest run under runs/")
-    check_overrides(overrides, ("transfer", "data") if checkpoint else ("transfer", "data", "model"),
-                    ("segments", "modality", *TRAINING_ONLY))
+    check_overrides(overrides, {"transfer": None, "data": ViewConfig} | ({} if checkpoint else {"model": ModelConfig}))
     of_protocol = [override for override in overrides if override.startswith("transfer.")]
     of_source = [override for override in overrides if not override.startswith("transfer.")]
     network = preset or "paper"
@@ -231,13 +230,13 @@ def evaluate(task: str, checkpoint: Path | None, init: str | None, preset: str |
     trials = []  # of all, before the first is begun: a wrong option is one for every task
     for name in complete:
         chosen = protocol or TASKS[name].protocol
-        trials.append(Trial(name, chosen, protocol_for(name, chosen, recipe, of_protocol),
-                            modality or TASKS[name].modality, validation, seed))
+        trials.append(Trial(name, protocol_for(name, chosen, recipe, of_protocol), modality or TASKS[name].modality,
+                            validation, seed))
 
     def transferred(trial: Trial, splits: list[str]) -> dict[str, Any]:
         """Transfer to one task, and print what came out."""
         start = source.sha256[:8] or f"random-{Path(network).stem}"
-        name = f"{trial.task}-{trial.protocol_name}-{trial.modality}-{start}"
+        name = f"{trial.task}-{trial.protocol.name}-{trial.modality}-{start}"
         folder = Path("runs/eval", name if split == "all" else f"{name}-split{split}")
         if out:
             folder = out / trial.task if task == "all" else out
@@ -309,11 +308,10 @@ def _check_ending(output: Path, ending: str) -> None:
 
 def _embedder(checkpoint: Path, overrides: tuple[str, ...]) -> Start:
     """A whole network, to take embeddings from."""
-    from avtrain.config import check_overrides
-    from avtrain.transfer.features import TRAINING_ONLY
+    from avtrain.config import ClipConfig, check_overrides
     from avtrain.transfer.start import load_source
 
-    check_overrides(overrides, ("data",), TRAINING_ONLY)
+    check_overrides(overrides, {"data": ClipConfig})
     source = load_source(checkpoint, overrides)
     source.check_parts(source.data.modality, True)
     return source

@@ -13,10 +13,10 @@ from pathlib import Path
 from avtrain.config import Config, read_config
 from avtrain.runtime import Runtime, choose_runtime
 from avtrain.transfer.evaluate import Trial, evaluate_task
-from avtrain.transfer.predictions import Figure, figures, mean_figures
+from avtrain.transfer.predictions import Metric, mean_metrics, metrics_of
+from avtrain.transfer.protocols import protocol_for
 from avtrain.transfer.results import read_predictions
 from avtrain.transfer.start import Start, load_source, random_source
-from avtrain.transfer.tasks import protocol_for
 from benchmarks.learned import add_force, in_one_line, trained
 
 PRESET = "sound"
@@ -40,10 +40,10 @@ def main() -> None:
     runtime = choose_runtime(None, "auto")
     checkpoints = {fold: pretrained(config, fold, options.shards, options.out, runtime, options.force)
                    for fold in options.folds}
-    rows: dict[str, list[dict[str, Figure]]] = {}
+    rows: dict[str, list[dict[str, Metric]]] = {}
     minutes: dict[str, str] = {}
     for name, recipe in WAYS:
-        trial = Trial("esc10", name, protocol_for("esc10", name, recipe, of_transfer), "audio", seed=options.seed)
+        trial = Trial("esc10", protocol_for("esc10", name, recipe, of_transfer), "audio", seed=options.seed)
         for start in ("random", "pretrained"):
             began, label = time.monotonic(), f"{start}, {name} ({recipe})"
             found = [
@@ -58,7 +58,7 @@ def main() -> None:
     print("| start, protocol (recipe) | " + "".join(f"fold {fold} | " for fold in options.folds) + "mean | minutes |")
     print("|---" * (len(options.folds) + 3) + "|")
     for label, of_folds in rows.items():
-        mean = mean_figures(of_folds)["top1"]
+        mean = mean_metrics(of_folds)["top1"]
         low, high = mean.interval()
         print(f"| {label} | " + " | ".join(f"{fold['top1'].value:.1f}" for fold in of_folds)
               + f" | {mean.value:.1f} ({low:.1f} to {high:.1f}) | {minutes[label]} |")
@@ -72,11 +72,11 @@ def pretrained(config: Config, fold: str, shards: Path, out: Path, runtime: Runt
 
 
 def transferred(source: Start, trial: Trial, fold: str, shards: Path, out: Path, cache: Path,
-                runtime: Runtime, force: bool) -> tuple[dict[str, Figure], bool]:
+                runtime: Runtime, force: bool) -> tuple[dict[str, Metric], bool]:
     """`avtrain eval --task esc10 --split FOLD`, in figures that can be averaged over folds; whether it was done before.
     """
     done = evaluate_task(source, trial, [fold], shards, out, cache, runtime, force)
-    return figures(read_predictions(out / "predictions.jsonl"), False, trial.seed), done.before
+    return metrics_of(read_predictions(out / "predictions.jsonl"), False, trial.seed), done.before
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from avtrain.pretraining.pretrain import pretrain
 from avtrain.run_folder import RunFolder
 from avtrain.runtime import Runtime
 from avtrain.transfer.evaluate import Trial, evaluate_task
+from avtrain.transfer.protocols import protocol_for
 from avtrain.transfer.retrieval import retrieve
 from avtrain.transfer.start import Start, load_source
-from avtrain.transfer.tasks import protocol_for
 
 NEIGHBOURS = 5
 
@@ -70,7 +70,7 @@ def probe(source: Start, modality: str, shards: Path, folder: Path, seed: int, r
 def transferred(source: Start, protocol: str, modality: str, shards: Path, folder: Path, seed: int,
                 runtime: Runtime, force: bool) -> dict[str, Any]:
     """Top-1 of `avtrain eval --task demo --recipe small`: "percent" and "interval_95"."""
-    trial = Trial("demo", protocol, protocol_for("demo", protocol, "small"), modality, seed=seed)
+    trial = Trial("demo", protocol_for("demo", protocol, "small"), modality, seed=seed)
     out = folder / f"{protocol}-{modality}"
     done = evaluate_task(source, trial, ["1"], shards.parent, out, folder / "features", runtime, force)
     top1: dict[str, Any] = done.results["mean"]["top1"]

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from avtrain.config import MODALITIES, read_config
+from avtrain.config import read_config
 from avtrain.runtime import choose_runtime
+from avtrain.transfer.protocols import PROTOCOLS
 from avtrain.transfer.start import load_source, random_source
-from avtrain.transfer.tasks import PROTOCOLS
 from benchmarks.learned import add_force, in_one_line, trained_on_demo, transferred
 
 PRESET = "tiny"
@@ -30,7 +30,7 @@ def main() -> None:
     checkpoint = trained_on_demo(config, options.shards, options.out, runtime, options.force)
     lines = []
     for protocol in options.protocols:
-        for modality in MODALITIES:
+        for modality in ("visual", "audio", "both"):
             start, after = (transferred(source, protocol, modality, options.shards, folder, config.training.seed,
                                         runtime, options.force)
                             for source, folder in ((random_source(PRESET, [], config.training.seed),

@@ -68,7 +68,7 @@ class AVBert(nn.Module):
         visual_network = VisualCNN if config.visual == "slow50" else SlowFastCNN
         self.visual_cnn = visual_network(config.visual_width, config.visual_blocks, config.stages_recomputed)
         self.audio_cnn = AudioCNN(config.audio_width, config.audio_blocks, config.audio_stem_stride,
-                                  config.log_mel_mean, config.log_mel_deviation, config.stages_recomputed)
+                                  config.log_mel_mean, config.log_mel_std, config.stages_recomputed)
         self.visual_projection = nn.Linear(self.visual_cnn.outputs, config.dimension)
         self.visual_norm = nn.LayerNorm(config.dimension, eps=LAYER_NORM_EPS)
         self.audio_projection = nn.Linear(self.audio_cnn.outputs, config.dimension)

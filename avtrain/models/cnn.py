@@ -105,15 +105,15 @@ class AudioCNN(nn.Module):
         width: channels of the stem.
         blocks: bottlenecks a stage; every stage halves frequency and time.
         stem_stride: of the stem, in both directions; 1 as published.
-        mean, deviation: of log-mels, which are brought to 0 and 1. As published, 0 and 1 do nothing; but then the zeros
+        mean, std: of log-mels, which are brought to 0 and 1. As published, 0 and 1 do nothing; but then the zeros
             around a map are far louder than what is in it.
         recomputed: as in `VisualCNN`.
     """
 
     def __init__(self, width: int, blocks: Sequence[int], stem_stride: int, mean: float = 0.0,
-                 deviation: float = 1.0, recomputed: int = 0) -> None:
+                 std: float = 1.0, recomputed: int = 0) -> None:
         super().__init__()
-        self.mean, self.deviation = mean, deviation
+        self.mean, self.std = mean, std
         self.outputs = width * EXPANSION * 2 ** (len(blocks) - 1)
         self.stem = Chain(
             *conv2d(1, width, (9, 1), (stem_stride, 1)), nn.ReLU(inplace=True),
@@ -131,7 +131,7 @@ class AudioCNN(nn.Module):
 
     def forward(self, segments: Tensor) -> Tensor:
         """(segments, 1, mels, frames) -> (segments, outputs)."""
-        x = (segments - self.mean) / self.deviation
+        x = (segments - self.mean) / self.std
         second = self.stem[3].weight
         assert isinstance(second, Tensor)
         if second.stride(1) == 1:

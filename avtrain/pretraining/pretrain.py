@@ -160,6 +160,7 @@ def _check_same(folder: RunFolder, config: Config, inputs: dict[str, str | None]
                            "folder with --out")
     before = config_to(config_from(read_settings(path), str(path)))
     before["data"]["workers"] = config.data.workers  # how batches are made does not change them
+    before["training"]["log_every"] = config.training.log_every  # nor does what is logged
     # Runs of earlier versions have not written down their inputs.
     before |= read_settings(of_inputs) if of_inputs.is_file() else inputs
     check_settings(folder.path, before, config_to(config) | inputs)

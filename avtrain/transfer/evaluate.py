@@ -13,23 +13,26 @@ import numpy as np
 import torch
 
 from avtrain import __version__
-from avtrain.config import DataConfig
+from avtrain.config import DataConfig, config_from, config_to
 from avtrain.data.loader import MOST_UNREADABLE
 from avtrain.data.manifest import ClipRows
 from avtrain.data.shards import ShardFolder, joined, open_folder
 from avtrain.data.views import Views
 from avtrain.errors import AvtrainError, TaskFailed
+from avtrain.fields import kinds_of
+from avtrain.retired import current_names
 from avtrain.run_folder import RunFolder, check_settings, delete, read_settings, write_settings
 from avtrain.runtime import Runtime
 from avtrain.transfer.features import view_features, weights_hash
 from avtrain.transfer.finetune import finetune, fixed_views, predict
 from avtrain.transfer.metrics import confusion
-from avtrain.transfer.predictions import Predictions, ScoreSums, figures, mean_figures, targets_of
+from avtrain.transfer.predictions import Predictions, ScoreSums, mean_metrics, metrics_of, targets_of
 from avtrain.transfer.probes import linear_scores, neighbour_scores, standardized
+from avtrain.transfer.protocols import Finetune, Linear, Neighbours, Protocol, protocol_for
 from avtrain.transfer.results import draw_confusion, git_commit, numbers, read_whole_predictions, write_predictions
 from avtrain.transfer.splits import held_out, usable_clips
 from avtrain.transfer.start import Start
-from avtrain.transfer.tasks import TASKS, Protocol, Task, protocol_for
+from avtrain.transfer.tasks import TASKS, Task
 
 _SETTINGS, _SHARDS = "settings.json", "shards.json"
 _RESULTS, _CONFUSION = "results.json", "confusion.png"
@@ -42,7 +45,6 @@ class Trial:
 
     Attributes:
         task: a key of `TASKS`.
-        protocol_name: finetune, linear or knn.
         protocol: its settings.
         modality: visual, audio or both.
         validation: share of the training clips that is held out of training, by group, and only looked at.
@@ -50,7 +52,6 @@ class Trial:
     """
 
     task: str
-    protocol_name: str
     protocol: Protocol
     modality: str
     validation: float = 0.0
@@ -88,13 +89,13 @@ def evaluate_task(source: Start, trial: Trial, splits: list[str], root: Path, ou
         AvtrainError: shards are missing or don't fit, or what is in `out` was begun with other settings.
     """
     task = TASKS[trial.task]
-    settings = {**dataclasses.asdict(trial), "views": _views_json(trial), "data": dataclasses.asdict(source.data),
-                "model": dataclasses.asdict(source.model.config), "checkpoint": source.name,
-                "checkpoint_sha256": source.sha256, "weights": weights_hash(source.model),
+    settings = {"protocol_name": trial.protocol.name, **dataclasses.asdict(trial), "views": _views_json(trial),
+                "data": dataclasses.asdict(source.data), "model": dataclasses.asdict(source.model.config),
+                "checkpoint": source.name, "checkpoint_sha256": source.sha256, "weights": weights_hash(source.model),
                 "precision": str(runtime.autocast_dtype or torch.float32)}
     if force:
-        _clear(out, settings, splits)
-    _check_folder(out, settings)
+        _clear(out, trial, settings, splits)
+    _check_folder(out, trial, settings)
     opened = {part: open_folder(str(root / task.dataset / part))
               for part in dict.fromkeys(part for split in splits for parts in task.splits[split] for part in parts)}
     outcomes = {split: _one_split(source, trial, split, opened, out / f"split-{split}", cache, runtime)
@@ -102,12 +103,12 @@ def evaluate_task(source: Start, trial: Trial, splits: list[str], root: Path, ou
     if before := _finished_before(out, outcomes):
         return Evaluated(before, True)
     folder = next(iter(outcomes.values())).folder
-    of_splits = [figures(outcome.test, folder.multi_label, trial.seed) for outcome in outcomes.values()]
+    of_splits = [metrics_of(outcome.test, folder.multi_label, trial.seed) for outcome in outcomes.values()]
     results = {
-        "task": trial.task, "protocol": trial.protocol_name, "modality": trial.modality,
+        "task": trial.task, "protocol": trial.protocol.name, "modality": trial.modality,
         "splits": {split: numbers(of_split) for split, of_split in zip(splits, of_splits, strict=True)},
-        "mean": numbers(mean_figures(of_splits)),
-        "validation": {split: numbers(figures(outcome.validation, folder.multi_label, trial.seed))
+        "mean": numbers(mean_metrics(of_splits)),
+        "validation": {split: numbers(metrics_of(outcome.validation, folder.multi_label, trial.seed))
                        for split, outcome in outcomes.items() if outcome.validation},
         "published": task.published, "source": task.source,
         "differs_from_published": _differences(task, trial, source.data, outcomes),
@@ -157,13 +158,13 @@ def _one_split(source: Start, trial: Trial, split: str, opened: Mapping[str, Sha
     before = done.is_file() and (looked_at.is_file() or not validation)
     if not before:
         asked = [(test, test_clips), *([(train, validation)] if validation else [])]
-        if trial.protocol_name == "finetune":
+        if isinstance(trial.protocol, Finetune):
             classifier = finetune(copy.deepcopy(source.model), source.parts, train, learned, validation, source.data,
                                   trial.protocol, trial.modality, out, runtime, trial.seed)
             found = [predict(classifier, folder, clips, source.data, trial.protocol, trial.modality, runtime)
                      for folder, clips in asked]
         else:
-            found = _probe(source, trial, (train, learned), asked, cache, runtime)
+            found = _probe(source, trial, trial.protocol, (train, learned), asked, cache, runtime)
         if not all(np.isfinite(one.scores).all() for one in found):
             raise TaskFailed(trial.task, "outputs are not finite numbers; try a lower transfer.head_rate, or "
                              "--precision float32")
@@ -185,7 +186,7 @@ def _check_fit(folder: ShardFolder, source: Start, trial: Trial) -> None:
     """Raise where the protocol does not go with the shards or the model."""
     protocol = trial.protocol
     source.check_parts(trial.modality, protocol.sequence)
-    if folder.multi_label != (protocol.loss == "binary"):
+    if not isinstance(protocol, Neighbours) and folder.multi_label != (protocol.loss == "binary"):
         labels = "several labels" if folder.multi_label else "one label"
         raise TaskFailed(trial.task, f"its shards have {labels} a clip, which does not go with "
                          f"transfer.loss={protocol.loss}")
@@ -196,11 +197,11 @@ def _check_fit(folder: ShardFolder, source: Start, trial: Trial) -> None:
         raise AvtrainError(f"transfer.train_views, transfer.test_views: the model has positions for {longest} segments")
 
 
-def _probe(source: Start, trial: Trial, known: tuple[ShardFolder, ClipRows],
+def _probe(source: Start, trial: Trial, protocol: Linear | Neighbours, known: tuple[ShardFolder, ClipRows],
            asked: list[tuple[ShardFolder, ClipRows]], cache: Path, runtime: Runtime) -> list[Predictions]:
     """Linear or nearest neighbours, on cached features: learned from the clips that are known, for each that are
     asked."""
-    protocol, classes = trial.protocol, len(known[0].classes)
+    classes = len(known[0].classes)
     views = Views(trial.modality, protocol.train_views, whole=protocol.test_whole)
     x, keys, labels = _rows_of(source, *known, views, cache, runtime)
     others, other_keys = [], []
@@ -211,7 +212,7 @@ def _probe(source: Start, trial: Trial, known: tuple[ShardFolder, ClipRows],
     targets = targets_of(labels, classes, known[0].multi_label)
     if protocol.standardize:
         x, *others = standardized(x, *others)
-    if trial.protocol_name == "linear":
+    if isinstance(protocol, Linear):
         scores = linear_scores(x, targets, torch.cat(others), classes, protocol, trial.seed, runtime.device)
     else:
         x, first = _means_by_clip(x, keys)
@@ -268,10 +269,10 @@ def _differences(task: Task, trial: Trial, data: DataConfig, outcomes: dict[str,
         found.append(f"{trial.modality} instead of {task.modality}")
     others = [f"data.{name}" for name in ("segment_frames", "crop", "scale")
               if trial.modality != "audio" and getattr(data, name) != getattr(DataConfig(), name)]
-    if trial.protocol_name != task.protocol:
-        found.append(f"{trial.protocol_name} instead of {task.protocol}")
+    if trial.protocol.name != task.protocol:
+        found.append(f"{trial.protocol.name} instead of {task.protocol}")
     else:
-        theirs = dataclasses.asdict(protocol_for(trial.task, trial.protocol_name, "published"))
+        theirs = dataclasses.asdict(protocol_for(trial.task, trial.protocol.name, "published"))
         others = [name for name, value in dataclasses.asdict(trial.protocol).items() if value != theirs[name]] + others
     if others:
         found.append(f"other {', '.join(others)}")
@@ -288,7 +289,7 @@ def _differences(task: Task, trial: Trial, data: DataConfig, outcomes: dict[str,
     return found
 
 
-def _check_folder(out: Path, settings: dict[str, Any], anew: str = "--force") -> None:
+def _check_folder(out: Path, trial: Trial, settings: dict[str, Any], anew: str = "--force") -> None:
     """Raise where the folder holds something else; write down the settings where there is nothing yet. `anew` is what
     is then said to begin anew."""
     path = out / _SETTINGS
@@ -299,7 +300,19 @@ def _check_folder(out: Path, settings: dict[str, Any], anew: str = "--force") ->
     if not path.is_file():
         raise AvtrainError(f"{out} holds results of no `avtrain eval`, for {path} is not there: choose another folder "
                            "with --out")
-    check_settings(out, read_settings(path, anew=anew), settings, anew)
+    check_settings(out, _as_of_today(read_settings(path, anew=anew), trial, path), settings, anew)
+
+
+def _as_of_today(before: dict[str, Any], trial: Trial, path: Path) -> dict[str, Any]:
+    """Settings that an earlier version may have written: under today's names, and without what the protocol does not
+    have."""
+    config = config_to(config_from({name: before.get(name, {}) for name in ("model", "data")}, str(path)))
+    del config["data"]["workers"]
+    of_protocol = before.get("protocol")
+    if isinstance(of_protocol, dict):
+        known, of_protocol = kinds_of(type(trial.protocol)), current_names("transfer", of_protocol, written=True)
+        of_protocol = {name: value for name, value in of_protocol.items() if name in known}
+    return before | {"model": config["model"], "data": config["data"], "protocol": of_protocol}
 
 
 def _check_shards(out: Path, fingerprints: list[str]) -> None:
@@ -330,7 +343,7 @@ def _finished_before(out: Path, outcomes: dict[str, _Outcome]) -> dict[str, Any]
     return found if list(found.get("splits", ())) == list(outcomes) and found.get("shards") == shards else None
 
 
-def _clear(out: Path, settings: dict[str, Any], splits: list[str]) -> None:
+def _clear(out: Path, trial: Trial, settings: dict[str, Any], splits: list[str]) -> None:
     """Delete what an evaluation of these splits writes. The settings last, by which it is known to be one; they stay
     where another split has begun with them.
 
@@ -342,7 +355,7 @@ def _clear(out: Path, settings: dict[str, Any], splits: list[str]) -> None:
     asked = [out / f"split-{split}" for split in splits]
     others = [of_split for of_split in sorted(out.glob("split-*")) if of_split not in asked and _has_begun(of_split)]
     if others:
-        _check_folder(out, settings, "--split all --force")
+        _check_folder(out, trial, settings, "--split all --force")
     for of_split in asked:
         RunFolder(of_split).clear()
         delete(of_split / name for name in (_PREDICTIONS, _VALIDATION, _SHARDS))

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from avtrain.config import DataConfig
+from avtrain.config import ClipConfig, DataConfig
 from avtrain.data.clips import ClipDataset
 from avtrain.data.loader import Batch, batches, readable
 from avtrain.data.order import at_epoch, batches_of, fixed_order
@@ -30,8 +30,6 @@ from avtrain.runtime import Runtime
 
 _CLIPS_AT_ONCE = 8
 _SEGMENTS_AT_ONCE = 160
-# Settings of data that do not change the fixed view of evaluation.
-TRAINING_ONLY = ("shards_at_once", "frequency_mask", "time_mask", "equalizer", "noise", "frequency_shift")
 
 
 @dataclass(frozen=True)
@@ -94,8 +92,8 @@ def frozen_features(model: AVBert, folder: ShardFolder, config: DataConfig, runt
         AvtrainError: shards and settings don't fit, more than 1 % of the clips can't be decoded, or features are not
             finite.
     """
-    idle = {*TRAINING_ONLY, "workers"}
-    view = {name: value for name, value in dataclasses.asdict(config).items() if name not in idle}
+    view = {field.name: getattr(config, field.name) for field in dataclasses.fields(ClipConfig)
+            if field.name != "workers"}  # how batches are made does not change them
 
     def outputs(batch: Batch) -> dict[str, Tensor | None]:
         found = model(*batch.tensors(runtime.device))

@@ -30,8 +30,8 @@ from avtrain.models.heads import ClipHead, SequenceHead
 from avtrain.progress import bar_options
 from avtrain.run_folder import RunFolder
 from avtrain.runtime import Runtime, seed_everything
-from avtrain.transfer.predictions import Predictions, ScoreSums, figures, targets_of
-from avtrain.transfer.tasks import HINGE_MARGIN, Protocol
+from avtrain.transfer.predictions import Predictions, ScoreSums, metrics_of, targets_of
+from avtrain.transfer.protocols import HINGE_MARGIN, Finetune, Protocol, Trained
 
 _SAVE_EVERY = 500
 # Segments of a test batch: pictures are large, spectrograms small.
@@ -105,7 +105,7 @@ def fixed_views(protocol: Protocol, modality: str) -> Views:
 
 
 def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: ClipRows,
-             validation: ClipRows, data: DataConfig, protocol: Protocol, modality: str, out: Path,
+             validation: ClipRows, data: DataConfig, protocol: Finetune, modality: str, out: Path,
              runtime: Runtime, seed: int) -> Classifier:
     """Train a model and new heads, or go on with the run in `out` from its last checkpoint; the last epoch counts.
 
@@ -167,14 +167,14 @@ def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: C
         found = predict(classifier, folder, validation, data, protocol, modality, runtime)
         classifier.train()
         return {f"validation_{name}": figure.value
-                for name, figure in figures(found, protocol.loss == "binary", seed).items()}
+                for name, figure in metrics_of(found, protocol.loss == "binary", seed).items()}
 
     classifier.train()
     run.train(step, epochs, runtime.autocast, evaluate)
     return classifier
 
 
-def _optimizer(classifier: Classifier, protocol: Protocol) -> torch.optim.Optimizer:
+def _optimizer(classifier: Classifier, protocol: Finetune) -> torch.optim.Optimizer:
     """Adam with one group for norms and one for the rest, of backbone and of heads."""
     groups = []
     for modules, rate in zip(classifier.trained(), (protocol.backbone_rate, protocol.head_rate), strict=True):
@@ -189,7 +189,7 @@ def _optimizer(classifier: Classifier, protocol: Protocol) -> torch.optim.Optimi
     return torch.optim.Adam(groups, lr=protocol.head_rate, eps=protocol.adam_eps, fused=True)
 
 
-def _loss(logits: list[Tensor], counts: Tensor, labels: list[list[int]], protocol: Protocol) -> Tensor:
+def _loss(logits: list[Tensor], counts: Tensor, labels: list[list[int]], protocol: Finetune) -> Tensor:
     """The heads' losses added, each the mean over the segments that count."""
     targets = targets_of(labels, logits[0].shape[-1], protocol.loss == "binary").to(counts.device)
     rows = counts.nonzero()[:, 0]
@@ -197,7 +197,7 @@ def _loss(logits: list[Tensor], counts: Tensor, labels: list[list[int]], protoco
     return torch.stack(losses).sum()
 
 
-def task_loss(logits: Tensor, targets: Tensor, protocol: Protocol) -> Tensor:
+def task_loss(logits: Tensor, targets: Tensor, protocol: Trained) -> Tensor:
     """The protocol's loss: (rows, classes) and (rows,) class numbers, or (rows, classes) of 0 and 1 for binary."""
     if protocol.loss == "binary":
         return F.binary_cross_entropy_with_logits(logits, targets)
@@ -206,14 +206,14 @@ def task_loss(logits: Tensor, targets: Tensor, protocol: Protocol) -> Tensor:
     return F.cross_entropy(logits, targets, label_smoothing=protocol.label_smoothing)
 
 
-def probabilities(logits: Tensor, protocol: Protocol) -> Tensor:
+def probabilities(logits: Tensor, protocol: Trained) -> Tensor:
     """Softmax over the classes, or a sigmoid of each for binary."""
     return logits.float().sigmoid() if protocol.loss == "binary" else logits.float().softmax(-1)
 
 
 @torch.no_grad()
 def predict(classifier: Classifier, folder: ShardFolder, clips: ClipRows, data: DataConfig,
-            protocol: Protocol, modality: str, runtime: Runtime) -> Predictions:
+            protocol: Finetune, modality: str, runtime: Runtime) -> Predictions:
     """Outputs of all views, crops, segments and heads of a video, averaged. Leaves the classifier in eval mode."""
     classifier.eval()
     sums = ScoreSums(clips, len(folder.classes))
@@ -229,7 +229,7 @@ def predict(classifier: Classifier, folder: ShardFolder, clips: ClipRows, data: 
     return sums.predictions()
 
 
-def _test_views(folder: ShardFolder, clips: ClipRows, data: DataConfig, protocol: Protocol,
+def _test_views(folder: ShardFolder, clips: ClipRows, data: DataConfig, protocol: Finetune,
                 modality: str) -> tuple[ClipDataset, list[list[Wanted]]]:
     """The test's views of these clips, and its batches."""
     views = fixed_views(protocol, modality)

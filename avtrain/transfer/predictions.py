@@ -75,7 +75,7 @@ class ScoreSums:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Metric:
     """A number in percent, and bootstrap draws of it."""
 
     value: float
@@ -86,25 +86,25 @@ class Figure:
         return interval(self.draws)
 
 
-def figures(predictions: Predictions, multi_label: bool, seed: int) -> dict[str, Figure]:
+def metrics_of(predictions: Predictions, multi_label: bool, seed: int) -> dict[str, Metric]:
     """top1 and (with more than five classes) top5, or map, in percent."""
     scores = predictions.scores
     if multi_label:
         targets = predictions.targets()
         value = float(mean_average_precision(scores, targets)[0])
-        return {"map": Figure(100 * value, 100 * bootstrap_map(scores, targets, seed))}
+        return {"map": Metric(100 * value, 100 * bootstrap_map(scores, targets, seed))}
     labels = predictions.single()
-    return {f"top{k}": Figure(100 * float(right.mean()), 100 * bootstrap_means(right, seed))
+    return {f"top{k}": Metric(100 * float(right.mean()), 100 * bootstrap_means(right, seed))
             for k in (1, 5) if k == 1 or scores.shape[1] > k for right in [top_k(scores, labels, k)]}
 
 
-def mean_figures(of_splits: Sequence[dict[str, Figure]]) -> dict[str, Figure]:
+def mean_metrics(of_splits: Sequence[dict[str, Metric]]) -> dict[str, Metric]:
     """The mean over splits; its draws are means of the splits' draws, shuffled: with one seed, splits of one size are
     resampled at the same places, and would rise and fall together."""
     means = {}
     for name in of_splits[0]:
         count = min(len(split[name].draws) for split in of_splits)
-        means[name] = Figure(float(np.mean([split[name].value for split in of_splits])),
+        means[name] = Metric(float(np.mean([split[name].value for split in of_splits])),
                              np.mean([np.random.default_rng(number).permutation(split[name].draws)[:count]
                                       for number, split in enumerate(of_splits)], 0))
     return means

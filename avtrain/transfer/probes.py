@@ -10,18 +10,18 @@ from tqdm import tqdm
 from avtrain.models.heads import ClipHead
 from avtrain.progress import bar_options
 from avtrain.transfer.finetune import probabilities, task_loss
-from avtrain.transfer.tasks import Protocol
+from avtrain.transfer.protocols import Linear, Neighbours
 
 _VOTE_TEMPERATURE = 0.07
 
 
 def standardized(train: Tensor, *others: Tensor) -> list[Tensor]:
-    """All scaled by the mean and deviation of the first, a column at a time."""
-    mean, deviation = train.mean(0), train.std(0, correction=0).clamp(min=1e-6)
-    return [(rows - mean) / deviation for rows in (train, *others)]
+    """All scaled by the mean and std of the first, a column at a time."""
+    mean, std = train.mean(0), train.std(0, correction=0).clamp(min=1e-6)
+    return [(rows - mean) / std for rows in (train, *others)]
 
 
-def linear_scores(train: Tensor, targets: Tensor, test: Tensor, classes: int, protocol: Protocol, seed: int,
+def linear_scores(train: Tensor, targets: Tensor, test: Tensor, classes: int, protocol: Linear, seed: int,
                   device: torch.device) -> Tensor:
     """Train dropout and a linear layer by Adam, the rate falling in a line to 0; (test rows, classes) probabilities.
 
@@ -50,7 +50,7 @@ def linear_scores(train: Tensor, targets: Tensor, test: Tensor, classes: int, pr
         return probabilities(head(test.to(device)), protocol).cpu()
 
 
-def neighbour_scores(train: Tensor, targets: Tensor, test: Tensor, classes: int, protocol: Protocol) -> Tensor:
+def neighbour_scores(train: Tensor, targets: Tensor, test: Tensor, classes: int, protocol: Neighbours) -> Tensor:
     """The vote of the nearest training rows by cosine, weighted by exp(cosine / 0.07): (test rows, classes).
 
     Args:

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from avtrain.data.manifest import ClipRow
 from avtrain.errors import AvtrainError
 from avtrain.files import written_whole
-from avtrain.transfer.predictions import Figure, Predictions
+from avtrain.transfer.predictions import Metric, Predictions
 
 _NAMES = {"top1": "top-1", "top5": "top-5", "map": "mAP"}
 
 
-def numbers(of: Mapping[str, Figure]) -> dict[str, Any]:
+def numbers(of: Mapping[str, Metric]) -> dict[str, Any]:
     """Each figure in percent with its 95 % interval, as JSON has it."""
     return {name: {"percent": round(figure.value, 2), "interval_95": [round(end, 2) for end in figure.interval()]}
             for name, figure in of.items()}

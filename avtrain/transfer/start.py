@@ -12,8 +12,9 @@ import torch
 
 from avtrain.checkpoints.authors import load_released_parts
 from avtrain.checkpoints.ours import load_checkpoint, parts_of
-from avtrain.config import Config, DataConfig, parse_override, read_config, section_values
+from avtrain.config import Config, DataConfig, parse_override, read_config
 from avtrain.errors import AvtrainError
+from avtrain.fields import section_values
 from avtrain.models.avbert import AVBert
 from avtrain.run_folder import newest_weights
 from avtrain.runtime import seed_everything

@@ -242,7 +242,7 @@ def test_mistakes_are_answered_in_a_line(tree, checkpoint, avprep, tmp_path):
             (("ucf102", tree, *random), "--task ucf102: known are ucf101"),
             (("ucf101", tree, *ours, "--init", "random"), "one of the two"),
             (("ucf101", tree, *ours, "--preset", "tiny"), "--preset tiny: goes with --init random"),
-            (("ucf101", tree, *ours, "--protocol", "knn", "--set", "transfer.epochs=3"), "would do nothing in the"),
+            (("ucf101", tree, *ours, "--protocol", "knn", "--set", "transfer.epochs=3"), "epochs: no such setting of"),
             (("ucf101", tree, "--checkpoint", tmp_path / "none.safetensors"), "No such file"),
             (("ucf101", tree, "--checkpoint", text), "not a checkpoint of avtrain"),
             (("ucf101", tree, "--checkpoint", pickled), "not a checkpoint that can be read safely"),
@@ -261,8 +261,8 @@ def test_mistakes_are_answered_in_a_line(tree, checkpoint, avprep, tmp_path):
             (("ucf101", tree, *ours, "--set", "transfer.epoch=1"), "did you mean transfer.epochs"),
             (("ucf101", tree, *ours, "--set", "model.rank=4"), "only transfer.* and data.* can be set"),
             (("ucf101", tree, *random, "--set", "training.steps=4"), "only transfer.* and data.* and model.* can be"),
-            (("ucf101", tree, *ours, "--set", "data.noise=[-5, -3]"), "data.noise would do nothing here"),
-            (("ucf101", tree, *random, "--set", "data.segments=4"), "data.segments would do nothing here"),
+            (("ucf101", tree, *ours, "--set", "data.noise=[-5, -3]"), "data.noise: no such setting here"),
+            (("ucf101", tree, *random, "--set", "data.segments=4"), "data.segments: no such setting here"),
             (("kinetics-sounds", tree, *heard), "a visual CNN would be needed, and it has learned only an audio CNN"),
             (("charades", unlabelled, *ours), "not one test clip has a label"),
             (("kinetics-sounds", tree, *ours, "--set", "transfer.test_views=30"), "positions for 21 segments"),
@@ -272,7 +272,7 @@ def test_mistakes_are_answered_in_a_line(tree, checkpoint, avprep, tmp_path):
                       "cpu", *arguments[2:])
         assert done.exit_code in (1, 2) and expected in done.output, (arguments, done.output, done.exception)
     for command, options, expected in (
-            ("embed", ("--shards", tree / "ucf101" / "test2", *ours, "--set", "data.time_mask=0"), "would do nothing"),
+            ("embed", ("--shards", tree / "ucf101" / "test2", *ours, "--set", "data.time_mask=0"), "no such setting"),
             ("embed", ("--shards", tree / "ucf101" / "test2", *ours, "--set", "data.segments=22"), "at most"),
             ("embed", ("--shards", tree / "ucf101" / "test2", *heard, "--set", "data.modality=both"), "a visual CNN"),
             ("embed", ("--shards", tree / "ucf101" / "test2", *ours, "-o", "f.csv"), "ends in .parquet is wanted"),

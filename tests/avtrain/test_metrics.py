@@ -6,7 +6,7 @@ from sklearn.metrics import average_precision_score, confusion_matrix, top_k_acc
 
 from avtrain.data.manifest import ClipRow
 from avtrain.transfer.metrics import bootstrap_means, confusion, interval, mean_average_precision, top_k
-from avtrain.transfer.predictions import Figure, Predictions, ScoreSums, figures, mean_figures
+from avtrain.transfer.predictions import Metric, Predictions, ScoreSums, mean_metrics, metrics_of
 
 
 @pytest.fixture
@@ -59,27 +59,27 @@ def test_a_video_counts_once_and_has_the_labels_of_all_its_clips():
     found = sums.predictions()
     assert found.videos == ["a", "b-1"] and found.labels == [[0, 2], [1]]
     assert found.scores.tolist() == [[0.75, 0, 0.25], [0, 1, 0]]  # 30 s of the first video, then 10 s
-    assert figures(found, True, 0)["map"].value == 100
+    assert metrics_of(found, True, 0)["map"].value == 100
 
 
 def test_top5_is_left_out_where_it_says_nothing():
     few = Predictions(["a", "b"], [[0], [1]], np.eye(2))
-    assert set(figures(few, False, 0)) == {"top1"}
+    assert set(metrics_of(few, False, 0)) == {"top1"}
     many = Predictions(["a", "b"], [[0], [1]], np.eye(2, 6))
-    assert set(figures(many, False, 0)) == {"top1", "top5"} and figures(many, False, 0)["top1"].value == 100
+    assert set(metrics_of(many, False, 0)) == {"top1", "top5"} and metrics_of(many, False, 0)["top1"].value == 100
 
 
 def test_mean_over_splits_is_narrower_than_a_split(random):
-    splits = [{"top1": Figure(50.0 + 10 * number, 100 * bootstrap_means(random.random(100) < 0.5, number))}
+    splits = [{"top1": Metric(50.0 + 10 * number, 100 * bootstrap_means(random.random(100) < 0.5, number))}
               for number in range(3)]
-    mean = mean_figures(splits)["top1"]
+    mean = mean_metrics(splits)["top1"]
     assert mean.value == 60
     assert mean.interval()[1] - mean.interval()[0] < 0.7 * (splits[0]["top1"].interval()[1]
                                                            - splits[0]["top1"].interval()[0])
 
 
 def test_splits_of_one_seed_are_resampled_independently(random):
-    split = {"top1": Figure(80.0, 100 * bootstrap_means(np.arange(80) < 64, 0))}
-    low, high = mean_figures([split] * 5)["top1"].interval()
+    split = {"top1": Metric(80.0, 100 * bootstrap_means(np.arange(80) < 64, 0))}
+    low, high = mean_metrics([split] * 5)["top1"].interval()
     alone = split["top1"].interval()
     assert high - low == pytest.approx((alone[1] - alone[0]) / np.sqrt(5), rel=0.15)

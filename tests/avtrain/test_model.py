@@ -196,7 +196,7 @@ def test_bfloat16_gradients_of_the_visual_network(visual: str, frames: int, side
 
 
 def test_log_mels_are_brought_to_zero_mean() -> None:
-    plain, shifted = small(), small(log_mel_mean=-3.0, log_mel_deviation=4.0)
+    plain, shifted = small(), small(log_mel_mean=-3.0, log_mel_std=4.0)
     _, audio = clips(2)
     expected, found = plain(None, audio), shifted(None, audio * 4 - 3)
     assert torch.allclose(found.audio_pooled, expected.audio_pooled, atol=1e-4)

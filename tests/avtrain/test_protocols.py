@@ -1,5 +1,6 @@
 """The published protocols, number by number, and that training does what they say: against torch's own schedules."""
 
+import dataclasses
 import json
 import math
 
@@ -15,7 +16,8 @@ from avtrain.errors import AvtrainError
 from avtrain.models.avbert import AVBert
 from avtrain.runtime import Runtime
 from avtrain.transfer.finetune import Classifier, predict, task_loss
-from avtrain.transfer.tasks import TASKS, protocol_for
+from avtrain.transfer.protocols import protocol_for
+from avtrain.transfer.tasks import TASKS
 
 # As the authors' release has them: clips of a video in training and in the test, crops, and the rest.
 PUBLISHED = {
@@ -135,8 +137,30 @@ def test_hinge_has_the_published_margin():
     assert float(loss) == pytest.approx((0.05 + 0.5) / 4)
 
 
-@pytest.mark.parametrize(("name", "field"), [("linear", "backbone_rate=1"), ("linear", "sequence=true"),
-                                             ("knn", "epochs=3"), ("finetune", "neighbours=5")])
-def test_a_field_that_would_do_nothing_is_refused(name, field):
-    with pytest.raises(AvtrainError, match=f"would do nothing in the protocol {name}"):
-        protocol_for("ucf101", name, "published", [f"transfer.{field}"])
+@pytest.mark.parametrize(("name", "field", "near"), [
+    ("linear", "backbone_rate", "head_rate"), ("linear", "train_sequence", "train_views"),
+    ("knn", "neighbors", "neighbours"), ("finetune", "epoch", "epochs"),
+    ("knn", "epochs", "neighbours"), ("finetune", "neighbours", "epochs")])
+def test_a_setting_of_another_protocol_is_none_of_this_one(name, field, near):
+    with pytest.raises(AvtrainError) as error:
+        protocol_for("ucf101", name, "published", [f"transfer.{field}=1"])
+    start, _, known = str(error.value).partition(" There are ")
+    assert start == f"transfer.{field}: no such setting of the protocol {name}; did you mean transfer.{near}?"
+    assert known.split(", ") == [one.name for one in dataclasses.fields(protocol_for("ucf101", name, "published"))]
+
+
+@pytest.mark.parametrize(("name", "override", "message"), [
+    ("finetune", "epochs=0", "transfer.epochs = 0: at least 1 is wanted"),
+    ("finetune", "epochs=1.5", "transfer.epochs = 1.5: a whole number is wanted"),
+    ("finetune", "warmup=1", "transfer.warmup = 1.0: at least 0 and under 1 is wanted"),
+    ("linear", "head_rate=0", "transfer.head_rate = 0.0: above 0 and at most 100 is wanted"),
+    ("linear", "head_rate=nan", "transfer.head_rate = nan: above 0 and at most 100 is wanted"),
+    ("linear", "loss=squares", "transfer.loss = 'squares': one of cross_entropy, hinge, binary is wanted"),
+    ("knn", "test_crops=2", "transfer.test_crops = 2: one of 1, 3 is wanted"),
+    ("knn", "test_crops=true", "transfer.test_crops = True: one of 1, 3 is wanted"),
+    ("knn", "test_whole=false", "transfer.test_crops = 3: 1 without test_whole is wanted"),
+    ("finetune", "accumulate=5", "transfer.batch_size = 32: a multiple of transfer.accumulate (5) is wanted")])
+def test_a_wrong_value_says_what_is_wanted(name, override, message):
+    with pytest.raises(AvtrainError) as error:
+        protocol_for("ucf101", name, "published", [f"transfer.{override}"])
+    assert str(error.value) == message
