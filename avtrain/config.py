@@ -66,9 +66,9 @@ class ModelConfig:
     """The Transformers share their weights, entirely or (with a rank) their large factor U."""
     rank: int | None = 128
     """O, inner dimension of the factored linear layers; none: not factored."""
-    segments_at_once: int = 0
-    """Above 0: activation checkpointing. The CNNs run on this many segments at a time and are run again in the
-    backward pass; BatchNorm's batch is then these segments. 0: all at once, nothing recomputed."""
+    stages_recomputed: int = 0
+    """Activation checkpointing: so many first stages of both CNNs keep no maps for the backward pass, but run again in
+    it. Less memory and more time, and nothing else changes. 0: none; more than a CNN has: all."""
 
     def __post_init__(self) -> None:
         _check_choice("model.visual", self.visual, VISUAL_NETWORKS)
@@ -86,7 +86,7 @@ class ModelConfig:
                f"a divisor of model.dimension ({self.dimension})")
         _check(0 <= self.dropout < 1, "model.dropout", self.dropout, "at least 0 and under 1")
         _check(self.rank is None or self.rank >= 2, "model.rank", self.rank, "at least 2, or none")
-        _check(self.segments_at_once >= 0, "model.segments_at_once", self.segments_at_once, "at least 0")
+        _check(self.stages_recomputed >= 0, "model.stages_recomputed", self.stages_recomputed, "at least 0")
 
 
 @dataclass(frozen=True)
@@ -296,6 +296,9 @@ def config_from(values: Mapping[str, Any], where: str) -> Config:
     Raises:
         AvtrainError: an unknown name, a value of the wrong type or out of range.
     """
+    model = values.get("model")
+    if isinstance(model, Mapping):  # a setting of earlier versions, which stands in their checkpoints
+        values = {**values, "model": {name: value for name, value in model.items() if name != "segments_at_once"}}
     try:
         sections = typing.get_type_hints(Config)
         for name, content in values.items():

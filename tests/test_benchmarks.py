@@ -97,13 +97,14 @@ def test_gpu_runs_whole_on_a_cpu(shared_or_none, tmp_path):
     reference = ["--reference", shared_or_none / "reference"] if shared_or_none else []
     printed = _run("gpu", "--device", "cpu", "--preset", "tiny", "--set", "model.visual_width=8", "--set",
                    "model.audio_width=8", "--set", "data.segments=3", "--set", "data.segment_frames=4", "--minutes", 10,
-                   "--clips", 2, 3, "--shard-clips", 6, "--measures", "all, 3 clips", "start", "--out", out, *reference)
+                   "--clips", 2, 3, "--shard-clips", 6, "--measures", "all, 3 clips", "run again", "--out", out,
+                   *reference)
     rows = json.loads(out.read_text())["rows"]
     assert {row["part"] for row in rows} == {1, 2, 3, 4, 5, 6}
     assert not [row for row in rows if "error" in row or "passed_over" in row or not row.get("ok", True)]
     assert all(row["name"] in printed for row in rows)
     steps = {row["name"]: row for row in rows if row["part"] == 3}
-    assert steps["all, 3 clips"]["clips_per_s"] > 0 and "start: 2 segments at once; with kernels" in steps
+    assert steps["all, 3 clips"]["clips_per_s"] > 0 and "all, first stage run again; with kernels" in steps
 
 
 @pytest.fixture

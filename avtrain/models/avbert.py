@@ -6,14 +6,10 @@ A clip goes through `AVBert.forward` top to bottom: `embed` (CNN, projection, La
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from avtrain.config import ModelConfig
 from avtrain.models.cnn import AudioCNN, SlowFastCNN, VisualCNN
@@ -70,9 +66,9 @@ class AVBert(nn.Module):
         super().__init__()
         self.config = config
         visual_network = VisualCNN if config.visual == "slow50" else SlowFastCNN
-        self.visual_cnn = visual_network(config.visual_width, config.visual_blocks)
+        self.visual_cnn = visual_network(config.visual_width, config.visual_blocks, config.stages_recomputed)
         self.audio_cnn = AudioCNN(config.audio_width, config.audio_blocks, config.audio_stem_stride,
-                                  config.log_mel_mean, config.log_mel_deviation)
+                                  config.log_mel_mean, config.log_mel_deviation, config.stages_recomputed)
         self.visual_projection = nn.Linear(self.visual_cnn.outputs, config.dimension)
         self.visual_norm = nn.LayerNorm(config.dimension, eps=LAYER_NORM_EPS)
         self.audio_projection = nn.Linear(self.audio_cnn.outputs, config.dimension)
@@ -204,7 +200,7 @@ class AVBert(nn.Module):
               here: Tensor | None, batch: int, segments: int) -> tuple[Tensor, Tensor]:
         """(batch, segments, channels) from the present segments alone, zeros elsewhere; and the mask."""
         if x is not None and present is None:
-            return (self._run(cnn, x.flatten(0, 1)).view(batch, segments, -1),
+            return (cnn(x.flatten(0, 1)).view(batch, segments, -1),
                     torch.ones(batch, segments, dtype=torch.bool, device=x.device))
         if x is None or present is None:
             present = torch.zeros(batch, segments, dtype=torch.bool, device=self.bos.device)
@@ -213,8 +209,8 @@ class AVBert(nn.Module):
         if len(here) == 0:  # a BatchNorm has no statistics of nothing
             return self._nothing(cnn, batch, segments), present
         if len(here) == batch * segments:
-            return self._run(cnn, x.flatten(0, 1)).view(batch, segments, -1), present
-        pooled = self._run(cnn, x.flatten(0, 1)[here])
+            return cnn(x.flatten(0, 1)).view(batch, segments, -1), present
+        pooled = cnn(x.flatten(0, 1)[here])
         everywhere = pooled.new_zeros(batch * segments, cnn.outputs).index_copy(0, here, pooled)
         return everywhere.view(batch, segments, -1), present
 
@@ -224,20 +220,6 @@ class AVBert(nn.Module):
         if torch.is_grad_enabled():
             zeros = zeros + 0 * torch.stack([parameter.sum() for parameter in cnn.parameters()]).sum()
         return zeros
-
-    def _run(self, cnn: nn.Module, segments: Tensor) -> Tensor:
-        """The CNN on (segments, ...): at once, or a few at a time with recomputation in the backward pass."""
-        size = self.config.segments_at_once
-        if size == 0 or not (self.training and torch.is_grad_enabled()):
-            pooled: Tensor = cnn(segments)
-            return pooled
-
-        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), _statistics_kept(cnn)
-
-        chunks = [checkpoint(cnn, chunk, use_reentrant=False, context_fn=contexts)
-                  for chunk in torch.split(segments, size)]
-        return torch.cat(chunks)
 
 
 class TokenEmbedding(nn.Module):
@@ -254,17 +236,3 @@ class TokenEmbedding(nn.Module):
         placed = torch.cat([sequence + self.positions[:sequence.shape[1]] for sequence in sequences], 1)
         embedded: Tensor = self.dropout(self.norm(placed))
         return embedded
-
-
-@contextmanager
-def _statistics_kept(cnn: nn.Module) -> Iterator[None]:
-    """The forward pass that is repeated for the backward pass must not count a second time in BatchNorm's averages."""
-    norms = [module for module in cnn.modules() if isinstance(module, _BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avtrain.models import forms
+from avtrain.models.recomputation import normed, recomputed
 
 EXPANSION = 4  # a bottleneck's outputs per inner channel
 
@@ -25,9 +26,10 @@ class VisualCNN(nn.Module):
     Args:
         width: channels of the stem.
         blocks: bottlenecks a stage; stages after the first halve height and width.
+        recomputed: so many first stages keep no maps for the backward pass: they run again in it.
     """
 
-    def __init__(self, width: int, blocks: Sequence[int]) -> None:
+    def __init__(self, width: int, blocks: Sequence[int], recomputed: int = 0) -> None:
         super().__init__()
         self.outputs = width * EXPANSION * 2 ** (len(blocks) - 1)
         self.stem = Chain(*conv3d(3, width, (5, 7, 7), (2, 2, 2)), nn.ReLU(inplace=True), Pool3d())
@@ -35,7 +37,7 @@ class VisualCNN(nn.Module):
         inputs = width
         for index, count in enumerate(blocks):
             inner, temporal, stride = width * 2 ** index, 1 if index < 2 else 3, 1 if index == 0 else 2
-            self.stages.append(stage3d(inputs, inner, count, temporal, stride))
+            self.stages.append(stage3d(inputs, inner, count, temporal, stride, index < recomputed))
             inputs = inner * EXPANSION
         channels_last(self)
 
@@ -63,12 +65,13 @@ class SlowFastCNN(nn.Module):
     Args:
         width: channels of the slow stem, a multiple of 8.
         blocks: bottlenecks a stage, in both pathways.
+        recomputed: as in `VisualCNN`.
     """
 
     ALPHA = 8  # frames of the fast pathway per frame of the slow one
     BETA = 8   # channels of the slow pathway per channel of the fast one
 
-    def __init__(self, width: int, blocks: Sequence[int]) -> None:
+    def __init__(self, width: int, blocks: Sequence[int], recomputed: int = 0) -> None:
         super().__init__()
         fast_width = width // self.BETA
         self.outputs = (width + fast_width) * EXPANSION * 2 ** (len(blocks) - 1)
@@ -79,9 +82,9 @@ class SlowFastCNN(nn.Module):
         for index, count in enumerate(blocks):
             lateral = 2 * fast
             self.laterals.append(Chain(*conv3d(fast, lateral, (5, 1, 1), (self.ALPHA, 1, 1)), nn.ReLU(inplace=True)))
-            stride, temporal = 1 if index == 0 else 2, 1 if index < 2 else 3
-            self.slow_stages.append(stage3d(slow + lateral, width * 2 ** index, count, temporal, stride))
-            self.fast_stages.append(stage3d(fast, fast_width * 2 ** index, count, 3, stride))
+            stride, temporal, again = 1 if index == 0 else 2, 1 if index < 2 else 3, index < recomputed
+            self.slow_stages.append(stage3d(slow + lateral, width * 2 ** index, count, temporal, stride, again))
+            self.fast_stages.append(stage3d(fast, fast_width * 2 ** index, count, 3, stride, again))
             slow, fast = width * 2 ** index * EXPANSION, fast_width * 2 ** index * EXPANSION
         channels_last(self)
 
@@ -104,10 +107,11 @@ class AudioCNN(nn.Module):
         stem_stride: of the stem, in both directions; 1 as published.
         mean, deviation: of log-mels, which are brought to 0 and 1. As published, 0 and 1 do nothing; but then the zeros
             around a map are far louder than what is in it.
+        recomputed: as in `VisualCNN`.
     """
 
     def __init__(self, width: int, blocks: Sequence[int], stem_stride: int, mean: float = 0.0,
-                 deviation: float = 1.0) -> None:
+                 deviation: float = 1.0, recomputed: int = 0) -> None:
         super().__init__()
         self.mean, self.deviation = mean, deviation
         self.outputs = width * EXPANSION * 2 ** (len(blocks) - 1)
@@ -118,7 +122,7 @@ class AudioCNN(nn.Module):
         inputs = width
         for index, count in enumerate(blocks):
             inner = width * 2 ** index
-            self.stages.append(stage2d(inputs, inner, count, split=index < 2))
+            self.stages.append(stage2d(inputs, inner, count, split=index < 2, recomputed=index < recomputed))
             inputs = inner * EXPANSION
         # On CPUs, the backward pass of a channels-last 1 x 1 convolution of stride 2 writes outside its memory where
         # channels are not a multiple of 8 (oneDNN, torch 2.13).
@@ -149,8 +153,10 @@ class Chain(nn.Sequential):
         modules = list(self)[first:]
         while modules:
             module = modules.pop(0)
-            if not isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d) or not forms.norm_is_fused(x, module):
+            if not isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
                 x = module(x)
+            elif not forms.norm_is_fused(x, module):
+                x = normed(x, module)
             elif modules:
                 relu = isinstance(modules[0], nn.ReLU)
                 modules = modules[int(relu):]
@@ -179,10 +185,22 @@ class Residual(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """Bottlenecks one after the other; maps are handed on twice, see `forms.Forms.fork`."""
+    """Bottlenecks one after the other; maps are handed on twice, see `forms.Forms.fork`.
+
+    Args:
+        blocks: the bottlenecks.
+        recomputed: whether their maps are computed again in the backward pass, and not kept for it.
+    """
+
+    def __init__(self, *blocks: Residual, recomputed: bool = False) -> None:
+        super().__init__(*blocks)
+        self.recomputed = recomputed
 
     def forward(self, x: Tensor) -> Tensor:
         """Same rank in and out."""
+        return recomputed(self._through, x) if self.recomputed else self._through(x)
+
+    def _through(self, x: Tensor) -> Tensor:
         again: Tensor | None = None
         *blocks, last = self
         for block in blocks:
@@ -261,7 +279,8 @@ class Pool3d(nn.MaxPool3d):
         return forms.pool(x) if x.is_cuda and forms.ACTIVE.pool else super().forward(x)
 
 
-def stage3d(inputs: int, inner: int, count: int, temporal: int, stride: int) -> Stage:
+def stage3d(inputs: int, inner: int, count: int, temporal: int, stride: int,
+            recomputed: bool = False) -> Stage:
     """`count` bottlenecks: temporal x 1 x 1, then 1 x 3 x 3 with the spatial stride, then 1 x 1 x 1."""
     outputs = inner * EXPANSION
     blocks = []
@@ -274,10 +293,10 @@ def stage3d(inputs: int, inner: int, count: int, temporal: int, stride: int) -> 
         shortcut = Chain(*conv3d(inputs, outputs, (1, 1, 1), steps)) if index == 0 else nn.Identity()
         blocks.append(Residual(branch, shortcut))
         inputs = outputs
-    return Stage(*blocks)
+    return Stage(*blocks, recomputed=recomputed)
 
 
-def stage2d(inputs: int, inner: int, count: int, split: bool) -> Stage:
+def stage2d(inputs: int, inner: int, count: int, split: bool, recomputed: bool = False) -> Stage:
     """`count` bottlenecks, the first of stride 2; `split`: the 3 x 3 convolution as 3 x 1 and 1 x 3."""
     outputs = inner * EXPANSION
     blocks = []
@@ -295,7 +314,7 @@ def stage2d(inputs: int, inner: int, count: int, split: bool) -> Stage:
         shortcut = Chain(*conv2d(inputs, outputs, (1, 1), (step, step))) if index == 0 else nn.Identity()
         blocks.append(Residual(branch, shortcut))
         inputs = outputs
-    return Stage(*blocks)
+    return Stage(*blocks, recomputed=recomputed)
 
 
 def channels_last(module: nn.Module) -> None:

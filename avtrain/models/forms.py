@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from avtrain.models.recomputation import kept
+
 
 @dataclass
 class Forms:
@@ -168,11 +170,17 @@ def fused_norm(x: Tensor, norm: _BatchNorm, shortcut: Tensor | None, relu: bool,
         fork: the map is returned twice, for two uses.
     """
     kernels = _norm_kernels()
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    y = kernels.FusedNorm.apply(
-        kernels.laid_out(x), None if shortcut is None else kernels.laid_out(shortcut), norm.weight, norm.bias,
-        norm.running_mean, norm.running_var, norm.momentum, norm.eps, relu, fork and ACTIVE.fork)
+    x = kernels.laid_out(x)
+
+    def measured() -> Tensor:
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        factors: Tensor = kernels.factors(x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.momentum,
+                                          norm.eps)
+        return factors
+
+    y = kernels.FusedNorm.apply(x, None if shortcut is None else kernels.laid_out(shortcut), norm.weight, norm.bias,
+                                kept(norm, measured), relu, fork and ACTIVE.fork)
     return (y, y) if fork and not ACTIVE.fork else y
 
 

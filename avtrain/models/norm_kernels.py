@@ -178,30 +178,45 @@ def _gradients(x, gradient, factors, slopes, of_x, rows, channels, MASK: tl.cons
     tl.store(of_x + at, below.to(of_x.dtype.element_ty), mask=there)
 
 
-class FusedNorm(torch.autograd.Function):
-    """relu(batch_norm(x) + shortcut) with the statistics of this batch, which also move the running ones.
+def factors(x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float,
+            eps: float) -> Tensor:
+    """Measure this batch, and move the running statistics: (4, channels), scale, offset, mean, 1 / deviation.
 
-    Arguments: x (batch, channels, ...), shortcut of the same shape or None, weight, bias, running_mean, running_var,
-    momentum, eps, relu, fork. Maps are dense in channels-last order: see `laid_out`. With `fork`, which asks for a
-    shortcut and relu, the map is returned twice, so that the gradients of its two uses need no adding beforehand.
+    Args:
+        x: (batch, channels, ...), see `laid_out`.
+        weight, bias, running_mean, running_var: (channels,).
+        momentum: of the running statistics.
+        eps: added to the variance.
+    """
+    rows, channels = x.numel() // x.shape[1], x.shape[1]
+    tile, splits, rows_each = _tiling(rows, channels)
+    partial = torch.empty(2, splits, channels, device=x.device)
+    found = torch.empty(4, channels, device=x.device)
+    _moments[(splits, triton.cdiv(channels, tile))](
+        x, partial, rows, channels, rows_each, splits, ROWS=TILE.rows, CHANNELS=tile, num_warps=TILE.warps)
+    _finish_moments[(triton.cdiv(channels, 16),)](
+        x, partial, weight, bias, running_mean, running_var, found, rows, channels, splits, momentum, eps,
+        SPLITS=triton.next_power_of_2(splits), CHANNELS=16)
+    return found
+
+
+class FusedNorm(torch.autograd.Function):
+    """relu(batch_norm(x) + shortcut) with the statistics of this batch.
+
+    Arguments: x (batch, channels, ...), shortcut of the same shape or None, weight, bias, what `factors` gives for x
+    and these, relu, fork. Maps are dense in channels-last order: see `laid_out`. With `fork`, which asks for a shortcut
+    and relu, the map is returned twice, so that the gradients of its two uses need no adding beforehand.
     """
 
     @staticmethod
-    def forward(context: Any, x: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor,
-                running_var: Tensor, momentum: float, eps: float, relu: bool, fork: bool) -> Any:
+    def forward(context: Any, x: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, factors: Tensor,
+                relu: bool, fork: bool) -> Any:
         rows, channels = x.numel() // x.shape[1], x.shape[1]
-        tile, splits, rows_each = _tiling(rows, channels)
-        columns, shape = triton.cdiv(channels, tile), {"ROWS": TILE.rows, "CHANNELS": tile, "num_warps": TILE.warps}
-        partial = torch.empty(2, splits, channels, device=x.device)
-        factors = torch.empty(4, channels, device=x.device)
-        _moments[(splits, columns)](x, partial, rows, channels, rows_each, splits, **shape)
-        _finish_moments[(triton.cdiv(channels, 16),)](
-            x, partial, weight, bias, running_mean, running_var, factors, rows, channels, splits, momentum, eps,
-            SPLITS=triton.next_power_of_2(splits), CHANNELS=16)
+        tile, _, _ = _tiling(rows, channels)
         y = torch.empty_like(x)
-        _apply[(triton.cdiv(rows, TILE.rows), columns)](
+        _apply[(triton.cdiv(rows, TILE.rows), triton.cdiv(channels, tile))](
             x, x if shortcut is None else shortcut, y, factors, rows, channels, SHORTCUT=shortcut is not None,
-            RELU=relu, **shape)
+            RELU=relu, ROWS=TILE.rows, CHANNELS=tile, num_warps=TILE.warps)
         context.mask = 0 if not relu else 1 if shortcut is None else 2
         context.save_for_backward(x, y if context.mask == 2 else None, factors)
         context.with_shortcut = shortcut is not None
@@ -213,7 +228,7 @@ class FusedNorm(torch.autograd.Function):
     def backward(context: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         given = [laid_out(gradient) for gradient in gradients if gradient is not None]
         if not given:
-            return (None,) * 10
+            return (None,) * 7
         x, y, factors = context.saved_tensors
         mask = context.mask
         rows, channels = x.numel() // x.shape[1], x.shape[1]
@@ -232,7 +247,7 @@ class FusedNorm(torch.autograd.Function):
         _gradients[(triton.cdiv(rows, TILE.rows), columns)](
             x, masked, factors, slopes[0], of_x, rows, channels, MASK=mask % 2, **shape)
         below = masked if context.with_shortcut else None
-        return of_x, below, of_weight[0], of_bias[0], None, None, None, None, None, None
+        return of_x, below, of_weight[0], of_bias[0], None, None, None
 
 
 def laid_out(x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -126,8 +125,6 @@ def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: C
         AvtrainError: shards and model don't fit; too much is unreadable; the loss stays not finite.
     """
     seed_everything(seed)
-    # BatchNorm's batch is the protocol's, however few segments at a time pretraining had; to save memory: accumulate.
-    model.config = dataclasses.replace(model.config, segments_at_once=0)
     classifier = Classifier(model, len(folder.classes), modality, protocol.sequence, protocol.dropout)
     classifier.to(runtime.device)
     sound = SoundAugmentation(equalizer=protocol.equalizer, frequency_shift=protocol.frequency_shift,

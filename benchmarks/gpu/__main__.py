@@ -113,7 +113,6 @@ def steps(report: Report, bench: Bench, clips: list[int], measures: list[str] | 
         "all + cudnn.benchmark": replace(everything, search=True),
         "all, first stage run again": replace(everything, checkpointed=1),
         "plain, contiguous": replace(plain, channels_last=False),
-        "start: 2 segments at once": replace(plain, segments_at_once=2, clips=min(4, first)),
     }
 
     def wanted(name: str) -> bool:
@@ -131,8 +130,7 @@ def steps(report: Report, bench: Bench, clips: list[int], measures: list[str] | 
         report.measure("kernels of the fastest step, ms", lambda: profiled.kernels(bench, best), 15)
     for name, setting in slow.items():
         if wanted(name):
-            report.measure(f"{name}; with kernels", lambda setting=setting: bench.measure(setting, profiled=True),
-                           35 if setting.segments_at_once else 6)
+            report.measure(f"{name}; with kernels", lambda setting=setting: bench.measure(setting, profiled=True), 6)
     compiled = replace(everything, forms={**ALL, "norm": False}, compiled="stages")
     if wanted("compiled stages"):
         report.measure("all - norm in one + compiled stages", lambda: bench.measure(compiled), 40,

@@ -6,7 +6,6 @@ import json
 import statistics
 import subprocess
 import sys
-from dataclasses import replace
 from time import perf_counter
 
 import torch
@@ -65,8 +64,8 @@ def measured(preset: str, changes: list[str], device: torch.device) -> Figures:
     losses: dict[str, list[float]] = {}
     for name in ("alone", "wrapped"):
         torch.manual_seed(0)
-        sizes = replace(config.model, segments_at_once=0)
-        module: nn.Module = Pretraining(AVBert(sizes), Objectives(sizes, config.objectives)).to(device).train()
+        module: nn.Module = Pretraining(AVBert(config.model), Objectives(config.model, config.objectives))
+        module.to(device).train()
         if name == "wrapped":
             module = DistributedDataParallel(module, device_ids=[0] if device.type == "cuda" else None)
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6, betas=(0.9, 0.98), amsgrad=True, fused=True)

@@ -54,8 +54,7 @@ def train(folder: Path, config: Config, device: torch.device, die: bool, determi
     """A few steps with the engine; `die`: the process ends at once, as if killed, in the step after a checkpoint."""
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     config = replace(config, training=replace(config.training, steps=_STEPS, save_every=_SAVED, batch_size=2,
-                                              evaluate_every=1000, warmup=0.0, accumulate=1),
-                     model=replace(config.model, segments_at_once=0))
+                                              evaluate_every=1000, warmup=0.0, accumulate=1))
     runtime = choose_runtime(str(device), "bfloat16")
     generator = seed_everything(0)
     model = AVBert(config.model).to(device).train()

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from avtrain.config import Config
@@ -42,8 +41,7 @@ class Setting:
     Attributes:
         clips: of a micro-batch.
         forms: of the visual CNN's operations, where they differ from the defaults.
-        segments_at_once: as in the model's settings: above 0, the CNNs run a few segments at a time, and twice.
-        checkpointed: so many first stages of the visual CNN are run again in the backward pass.
+        checkpointed: so many first stages of the CNNs are run again in the backward pass.
         channels_last: layout of the CNNs.
         search: cudnn.benchmark.
         fused_optimizer: AdamW in one kernel.
@@ -57,7 +55,6 @@ class Setting:
 
     clips: int = 8
     forms: dict[str, Any] = field(default_factory=dict)
-    segments_at_once: int = 0
     checkpointed: int = 0
     channels_last: bool = True
     search: bool = False
@@ -90,15 +87,13 @@ class Bench:
 
     def modules(self, setting: Setting) -> tuple[AVBert, Objectives]:
         """The network at its start values, in training mode."""
-        model = copy.deepcopy(self._model)
-        model.config = replace(model.config, segments_at_once=setting.segments_at_once)
+        model = AVBert(replace(self.config.model, stages_recomputed=setting.checkpointed))
+        model.load_state_dict(self._model.state_dict())
         if not setting.channels_last:
             for cnn in (model.visual_cnn, model.audio_cnn):
                 cnn.to(memory_format=torch.contiguous_format)
         objectives = copy.deepcopy(self._objectives)
         model, objectives = model.to(self.device).train(), objectives.to(self.device).train()
-        for stage in list(model.visual_cnn.stages)[:setting.checkpointed] if setting.checkpointed else []:
-            stage.forward = _rerun(stage.forward)  # type: ignore[method-assign]
         if setting.compiled:
             torch._dynamo.config.cache_size_limit = 256
             kinds = {"blocks": Residual, "stages": Stage, "transformers": type(model.encoder.stacks[0][0])}  # type: ignore[index]
@@ -230,14 +225,6 @@ def is_annotation(event: Any) -> bool:
     return getattr(event, "is_user_annotation", False) or event.name.startswith(("Optimizer.", "ProfilerStep"))
 
 
-def _rerun(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def rerun(x: Tensor) -> Tensor:
-        y: Tensor = checkpoint(forward, x, use_reentrant=False)
-        return y
-
-    return rerun
-
-
 def random_batch(config: Config, clips: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Clips of noise, all their segments present, as `Batch.tensors` gives them."""
     data = config.data
@@ -252,7 +239,7 @@ def random_batch(config: Config, clips: int, device: torch.device) -> tuple[Tens
 def training_flop(config: Config) -> float:
     """Floating-point operations of a clip's forward and backward pass, nothing recomputed: CNNs on some segments."""
     data = config.data
-    model = AVBert(replace(config.model, segments_at_once=0))
+    model = AVBert(replace(config.model, stages_recomputed=0))
     with FlopCounterMode(display=False) as counter:
         embedded = model.embed(torch.randn(1, _COUNTED, 3, data.segment_frames, data.crop, data.crop),
                                torch.randn(1, _COUNTED, 1, data.mels, data.mel_frames))[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ def traffic(config: Config, clips: int, gb_per_s: float) -> Figures:
     and a gradient is written; with a shortcut, the result and a second gradient are read and a gradient is written too.
     """
     elements = {"alone": 0, "shortcut": 0}
-    model = AVBert(replace(config.model, segments_at_once=0)).train()
+    model = AVBert(config.model).train()
     last = [list(module.branch.children())[-1] for module in model.modules() if isinstance(module, Residual)]
 
     def seen(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:

@@ -35,8 +35,8 @@ def half_precision(report: Report, config: Config, device: torch.device) -> None
         kept["exact"] = whole.found(device, torch.float32, False, PLAIN)
         return {"segments": whole.segments, "loss": float(kept["exact"]["loss"])}
 
-    def against(form: dict[str, Any], graphs: bool, plain: bool) -> Figures:
-        errors = compared(whole.found(device, torch.float32, True, form, graphs), kept["exact"])
+    def against(form: dict[str, Any], graphs: bool, plain: bool, recomputed: int = 0) -> Figures:
+        errors = compared(whole.found(device, torch.float32, True, form, graphs, recomputed), kept["exact"])
         if plain:
             kept["plain"] = errors
         limits = {name: OF_PLAIN * kept["plain"][name] for name in ("outputs", "gradients")} | {"loss": LOSS}
@@ -45,6 +45,7 @@ def half_precision(report: Report, config: Config, device: torch.device) -> None
     report.measure("reference: device, float32, plain, training", reference)
     report.measure("bfloat16, plain forms", lambda: against(PLAIN, False, True))
     report.measure("bfloat16, all forms", lambda: against({}, False, False))
+    report.measure("bfloat16, all forms, two stages run again", lambda: against({}, False, False, 2))
     if device.type == "cuda":
         report.measure("bfloat16, all forms, graphs", lambda: against({}, True, False))
 
@@ -95,7 +96,7 @@ class Whole:
     """
 
     def __init__(self, config: Config, clips: int, segments: int, evaluate: bool) -> None:
-        config = replace(config, model=replace(config.model, dropout=0.0, segments_at_once=0),
+        config = replace(config, model=replace(config.model, dropout=0.0),
                          objectives=replace(config.objectives, sampling="random", draws=1))
         data, self._evaluate, self.segments = config.data, evaluate, clips * segments
         torch.manual_seed(3)
@@ -117,10 +118,12 @@ class Whole:
             norm.momentum = momentum
 
     def found(self, device: torch.device, dtype: torch.dtype, autocast: bool, form: dict[str, Any],
-              graphs: bool = False) -> Found:
+              graphs: bool = False, recomputed: int = 0) -> Found:
         """All of it in float64 on the CPU, by name: loss, output.*, gradient.*."""
-        model, objectives = (copy.deepcopy(module).to(device, dtype).train(not self._evaluate)
-                             for module in (self._model, self._objectives))
+        again = AVBert(replace(self._model.config, stages_recomputed=recomputed))
+        again.load_state_dict(self._model.state_dict())
+        model, objectives = (module.to(device, dtype).train(not self._evaluate)
+                             for module in (again, copy.deepcopy(self._objectives)))
         assert isinstance(model, AVBert) and isinstance(objectives, Objectives)
         visual, audio = self._pixels.to(device), self._audio.to(device, dtype)
         if dtype == torch.float64:

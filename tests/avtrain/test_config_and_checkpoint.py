@@ -33,7 +33,7 @@ def test_presets_survive_a_round_trip(preset: str) -> None:
 
 
 def test_paper_preset_is_the_default_but_for_memory() -> None:
-    assert read_config("paper", ["model.segments_at_once=0"]) == Config()
+    assert read_config("paper", ["training.accumulate=1"]) == Config()
 
 
 def test_overrides() -> None:

@@ -222,29 +222,6 @@ def test_attention_under_autocast_is_the_formulas(present: str) -> None:
         assert (ours.grad.double() - theirs.grad).norm() < 0.01 * theirs.grad.norm()
 
 
-def test_activation_checkpointing_changes_nothing() -> None:
-    """With as many segments at once as there are: the same gradients, and statistics counted once."""
-    plain = small(dropout=0.0).train()
-    recomputed = small(dropout=0.0, segments_at_once=2 * SEGMENTS).train()
-    for model in (plain, recomputed):
-        for _ in range(2):
-            model.zero_grad()
-            sum((tensor ** 3).mean() for tensor in fields(model(*clips(2))).values()).backward()
-    for name, tensor in plain.state_dict().items():
-        torch.testing.assert_close(tensor, recomputed.state_dict()[name], msg=name)
-    assert int(recomputed.visual_cnn.stem[1].num_batches_tracked) == 2
-    for (name, ours), theirs in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
-
-
-def test_activation_checkpointing_by_segment() -> None:
-    """BatchNorm's batch is then each chunk: one update of its statistics a chunk, and finite gradients."""
-    model = small(segments_at_once=2).train()
-    sum((tensor ** 3).mean() for tensor in fields(model(*clips(2))).values()).backward()
-    assert int(model.visual_cnn.stem[1].num_batches_tracked) == 3
-    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, from inside its compiler
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

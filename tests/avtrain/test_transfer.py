@@ -86,15 +86,15 @@ def test_a_modality_left_out_changes_nothing_if_it_changes(tree, tmp_path, modal
     assert found[0] == found[1]
 
 
-def test_the_batch_of_batch_norm_is_the_protocols_not_pretrainings(tree, tmp_path):
-    """A checkpoint that was pretrained a few segments at a time is finetuned as one that was not."""
+def test_stages_that_run_again_change_no_transfer(tree, tmp_path):
+    """A checkpoint that was pretrained to save memory is finetuned as one that was not."""
     found = []
-    for segments_at_once in (0, 1):
-        config = read_config("tiny", [*NETWORK, f"model.segments_at_once={segments_at_once}", "model.dropout=0"])
+    for stages in (0, 1):
+        config = read_config("tiny", [*NETWORK, f"model.stages_recomputed={stages}", "model.dropout=0"])
         torch.manual_seed(0)
-        path = tmp_path / f"{segments_at_once}.safetensors"
+        path = tmp_path / f"{stages}.safetensors"
         save_model(path, AVBert(config.model), config)
-        found.append(_finetuned(tree, tmp_path / f"run{segments_at_once}", path))
+        found.append(_finetuned(tree, tmp_path / f"run{stages}", path))
     assert found[0] == found[1]
 
 
