@@ -87,13 +87,13 @@ def test_equal_in_evaluation_mode_too() -> None:
 def test_only_the_first_stages_run_again() -> None:
     module, calls = Pretraining(replace(SMALL, stages_recomputed=1)).train(), {}
 
-    def count(block: nn.Module, _: Any, __: Any) -> None:
+    def count(block: nn.Module, _: Any) -> None:
         calls[block] = calls.get(block, 0) + 1
 
     stages = [stage for cnn in (module.model.visual_cnn, module.model.audio_cnn) for stage in cnn.stages]
     assert all(isinstance(stage, Stage) for stage in stages) and len(stages) == 5
     for stage in stages:
-        stage[0].register_forward_hook(count)
+        stage[0].register_forward_pre_hook(count)
     with torch.no_grad():
         module()
     assert [calls.pop(stage[0]) for stage in stages] == [1, 1, 1, 1, 1]
