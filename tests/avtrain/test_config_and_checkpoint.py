@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,15 @@ def test_a_checkpoint_is_read_as_it_was_written(checkpoint: Path) -> None:
     for name, tensor in AVBert(read_config("tiny").model).state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
     assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(checkpoint: Path, tmp_path: Path) -> None:
+    """Its settings hold one that is gone, and lack one that has come."""
+    settings = config_to(read_config("tiny"))
+    settings["model"]["segments_at_once"] = 2
+    del settings["model"]["stages_recomputed"]
+    save_file(load_file(checkpoint), tmp_path / "old.safetensors", {"config": json.dumps(settings)})
+    assert load_checkpoint(tmp_path / "old.safetensors").config == read_config("tiny")
 
 
 def test_wrong_checkpoints_say_so(checkpoint: Path, tmp_path: Path) -> None:
