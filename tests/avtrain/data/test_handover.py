@@ -26,7 +26,7 @@ from avtrain.data.shards import open_folders
 from avtrain.data.views import Views
 from avtrain.errors import AvtrainError, TaskFailed, TooManyUnreadable, Unreadable
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MIB = 2**20
 
 
@@ -67,7 +67,8 @@ def _in_small_memory(size, code):
         pytest.skip("no unshare on this system")
     if probe.returncode:
         pytest.skip(f"a small /dev/shm can't be mounted here: {probe.stderr.strip()}")
-    return run(sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{code}")
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    return run(sys.executable, "-c", f"import sys; sys.path[:0] = {folders!r}\n{code}")
 
 
 def test_nothing_befalls():
