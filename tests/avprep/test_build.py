@@ -251,8 +251,8 @@ def test_killed_between_a_tar_and_its_marker(ffmpeg, avprep, tmp_path, monkeypat
     def killed(path, text):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(building, "write_whole", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(building, "write_whole", killed)
         building.build_split(building.BuildOptions("folder", raw, tmp_path, ClipSpec(), 1, 1000, 60), "train")
     shutil.rmtree(raw / "a")
     assert avprep(*build).returncode == 0
@@ -304,7 +304,7 @@ def test_a_file_that_could_not_be_opened_is_looked_at_in_every_run(media, avprep
     assert "2 written" in avprep(*build).stdout
 
 
-def test_a_killed_ffmpeg_is_not_blamed_on_the_file(media, avprep, tmp_path):
+def test_a_killed_ffmpeg_is_not_blamed_on_the_file(media, avprep_process, tmp_path):
     """The kernel kills whoever takes the most when memory runs out; here an ffmpeg kills itself."""
     raw, fake = tmp_path / "raw", tmp_path / "bin" / "ffmpeg"
     raw.mkdir()
@@ -318,8 +318,8 @@ case "$*" in
 esac
 """)
     fake.chmod(0o755)
-    done = avprep("build", "--dataset", "folder", "--raw", raw, "--out", tmp_path,
-                  env={**os.environ, "PATH": f"{fake.parent}:{os.environ['PATH']}"})
+    done = avprep_process("build", "--dataset", "folder", "--raw", raw, "--out", tmp_path,
+                          env={**os.environ, "PATH": f"{fake.parent}:{os.environ['PATH']}"})
     [failure] = [json.loads(line) for line in (tmp_path / "folder/train/failures.jsonl").read_text().splitlines()]
     assert failure["reason"] == "ffmpeg was killed" and "signal 9" in failure["detail"]
     assert "fewer --workers" in failure["detail"] and "1 ffmpeg was killed" in done.stdout
@@ -356,17 +356,14 @@ def _tree_bytes(pid):
     return total
 
 
-def test_ray_gives_the_same_bytes(small_demo, avprep, undisturbed, tmp_path):
+def test_ray_gives_the_same_bytes(small_demo, avprep_process, undisturbed, tmp_path):
     pytest.importorskip("ray", reason="ray is an extra: pip install '.[ray]'")
-    done = _build(avprep, small_demo, tmp_path, 2, "--executor", "ray")
+    done = _build(avprep_process, small_demo, tmp_path, 2, "--executor", "ray")
     assert done.returncode == 0, done.stderr
     assert _bytes_of(tmp_path) == undisturbed
 
 
-def test_ray_absent_is_said(small_demo, tmp_path):
-    (tmp_path / "ray.py").write_text("raise ImportError('not here')")
-    hidden = subprocess.run(
-        [sys.executable, "-m", "avprep.cli", "build", "--dataset", "demo", "--raw", str(small_demo), "--out",
-         str(tmp_path / "out"), "--executor", "ray"], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)})
+def test_ray_absent_is_said(small_demo, avprep, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)  # importing it fails
+    hidden = avprep("build", "--dataset", "demo", "--raw", small_demo, "--out", tmp_path / "out", "--executor", "ray")
     assert hidden.returncode == 1 and "pip install" in hidden.stderr and "Traceback" not in hidden.stderr
