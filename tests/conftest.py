@@ -10,11 +10,14 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-# As avprep's command line has it; two processes of tests keep two cores busy already. Read when numpy is imported.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Read when numpy and torch are imported, here and in processes of their own: what tests compute is small, threads would
+# wait for each other, and results are compared between processes.
+for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
 
 import pytest  # noqa: E402
 from click.testing import CliRunner  # noqa: E402
+from made_media import make_media  # noqa: E402
 
 from avprep.cli import main  # noqa: E402
 from avprep.media import ffmpeg_path  # noqa: E402
@@ -39,10 +42,22 @@ def reference_folder(request: pytest.FixtureRequest) -> Path:
     return folder / "reference"
 
 
-@pytest.fixture(scope="session")
-def media(shared: Path) -> Path:
-    """The real videos and recordings."""
-    return shared / "media"
+@pytest.fixture(scope="module", params=["made", "real"])
+def media(request: pytest.FixtureRequest, ffmpeg: Callable[..., None], made_once: Callable[..., Path]) -> Path:
+    """Videos and recordings of many kinds: made ones, and the real ones where they are."""
+    if request.param == "real":
+        folder: Path = request.getfixturevalue("shared")
+        return folder / "media"
+    return made_once("media", lambda folder: make_media(ffmpeg, folder))
+
+
+@pytest.fixture(scope="module", params=["made", pytest.param("real", marks=pytest.mark.slow)])
+def esc10(request: pytest.FixtureRequest, ffmpeg: Callable[..., None], made_once: Callable[..., Path]) -> Path:
+    """ESC-10: a made recording of each class in each fold, and all the real ones, which takes half a minute."""
+    if request.param == "real":
+        folder: Path = request.getfixturevalue("shared")
+        return folder / "media" / "esc10"
+    return made_once("media", lambda folder: make_media(ffmpeg, folder)) / "esc10"
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""`avprep build` on real files: every input accounted for, byte for byte the same however it was run."""
+"""`avprep build` on files of many kinds: every input accounted for, byte for byte the same however it was run."""
 
 import json
 import os
@@ -31,8 +31,8 @@ def _samples(folder):
 
 
 @pytest.fixture(scope="module")
-def real_shards(media, avprep, tmp_path_factory):
-    """All real videos, and one class of ESC-10."""
+def media_shards(media, avprep, tmp_path_factory):
+    """All videos, and one class of ESC-10."""
     root = tmp_path_factory.mktemp("real")
     raw = root / "raw"
     raw.mkdir()
@@ -50,8 +50,8 @@ def real_shards(media, avprep, tmp_path_factory):
     return root / "out" / "folder" / "train", done.stdout, raw
 
 
-def test_counts_add_up(real_shards):
-    folder, printed, raw = real_shards
+def test_counts_add_up(media_shards):
+    folder, printed, raw = media_shards
     counts = _index(folder)["counts"]
     files = sum(path.is_file() for path in raw.rglob("*"))
     skipped, failed = sum(counts["sources_skipped"].values()), sum(counts["sources_failed"].values())
@@ -70,8 +70,8 @@ def test_counts_add_up(real_shards):
         assert part in printed
 
 
-def test_real_videos_become_the_clips_their_readme_promises(real_shards):
-    samples = {key: info for key, (info, _) in _samples(real_shards[0]).items()}
+def test_videos_become_the_clips_their_readme_promises(media_shards):
+    samples = {key: info for key, (info, _) in _samples(media_shards[0]).items()}
     assert {key for key in samples if key.startswith("v2d_test")} == {f"v2d_test-{number:04d}" for number in range(5)}
     assert [samples[f"v2d_test-{number:04d}"]["frames"] for number in range(5)] == [480, 480, 480, 480, 42]
     assert samples["v2d_test-0003"]["start_s"] == 90 and samples["v2d_test-0003"]["end_s"] == 120
@@ -84,11 +84,12 @@ def test_real_videos_become_the_clips_their_readme_promises(real_shards):
     assert abs(samples["mmaction_demo-0000"]["width"] / samples["mmaction_demo-0000"]["height"] - 5 / 3) < 0.01
     assert samples["bigbuckbunny-0000"]["missing"] == []
     dogs = [info for info in samples.values() if info["source"].startswith("dog/")]
-    assert len(dogs) == 40 and all(info["missing"] == ["picture"] and info["mel_frames"] == 320 for info in dogs)
+    assert len(dogs) == len(list((media_shards[2] / "dog").iterdir())) >= 5
+    assert all(info["missing"] == ["picture"] and info["mel_frames"] == 320 for info in dogs)
     assert all(info["labels"] == [1] for info in dogs) and samples["bikes-0000"]["labels"] == []
 
 
-def test_surround_sound_is_the_mean_of_its_channels(media, real_shards):
+def test_surround_sound_is_the_mean_of_its_channels(media, media_shards):
     """5.1 against the mean of what PyAV decodes, through librosa."""
     import av
     import librosa
@@ -102,13 +103,13 @@ def test_surround_sound_is_the_mean_of_its_channels(media, real_shards):
         pad_mode="reflect"))
     import io
 
-    [members] = [members for key, (_, members) in _samples(real_shards[0]).items() if key == "bigbuckbunny-0000"]
+    [members] = [members for key, (_, members) in _samples(media_shards[0]).items() if key == "bigbuckbunny-0000"]
     ours = np.load(io.BytesIO(members["logmel.npy"]))[:, :128].astype(np.float32)
     assert np.abs(ours - theirs)[:, 1:126].mean() < 0.05
 
 
-def test_verify_accepts_real_shards_and_names_a_damaged_one(real_shards, avprep, tmp_path):
-    folder, _, _ = real_shards
+def test_verify_accepts_media_shards_and_names_a_damaged_one(media_shards, avprep, tmp_path):
+    folder, _, _ = media_shards
     assert avprep("verify", folder).returncode == 0
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -96,15 +97,18 @@ def tree(videos, avprep, tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="session")
-def tree_with_esc10(tree, media, avprep):
-    """The same with ESC-10: a real recording of two classes in every fold."""
+@pytest.fixture(scope="module")
+def tree_with_esc10(tree, esc10, avprep, tmp_path_factory):
+    """The same with ESC-10: a recording of two classes in every fold."""
+    root = tmp_path_factory.mktemp("transfer_and_esc10")
     for name in ("001 - Dog bark", "002 - Rain"):
         for fold in "12345":
-            for path in sorted((media / "esc10" / name).glob(f"{fold}-*.ogg"))[:1]:
-                put(path, tree / "raw" / "esc10" / name / path.name)
-    build(avprep, "esc10", tree / "raw" / "esc10", tree)
-    return tree
+            for path in sorted((esc10 / name).glob(f"{fold}-*.ogg"))[:1]:
+                put(path, root / "raw" / "esc10" / name / path.name)
+    build(avprep, "esc10", root / "raw" / "esc10", root)
+    for name in ("ucf101", "kinetics-sounds", "charades"):
+        shutil.copytree(tree / name, root / name)
+    return root
 
 
 @pytest.fixture(scope="session")
