@@ -1,4 +1,4 @@
-"""What stands in for the real media where they are not: files of the same names and of the same kinds, made by ffmpeg."""
+"""What stands in for the real media where they are not: files of the same names and kinds, made by ffmpeg."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def make_media(ffmpeg: Callable[..., None], folder: Path) -> None:
     noisy = ",noise=alls=40:allf=t"
     surround = "|".join(f"0.4*sin(2*PI*{hertz}*t)" for hertz in (300, 500, 700, 60, 900, 1100))
     videos: dict[str, list[object]] = {
-        "pancake.mkv": [*_picture("426x240", 30, 10.4, noisy), *_tone(500, 48_000, 10.4), *_H264, "-b:v", "500k", "-c:a",
-                        "libopus"],
+        "pancake.mkv": [*_picture("426x240", 30, 10.4, noisy), *_tone(500, 48_000, 10.4), *_H264, "-b:v", "500k",
+                        "-c:a", "libopus"],
         "v2d_test.mp4": [*_picture("288x162", 8, 122.6), *_tone(400, 44_100, 122.6), *_H264, "-c:a", "aac"],
         "bigbuckbunny.mp4": [*_picture("320x180", 25, 5.3, ",gblur=sigma=3"), "-f", "lavfi", "-i",
                              f"aevalsrc={surround}:s=48000:c=5.1:d=5.3", *_H264, "-c:a", "aac", "-b:a", "384k"],

@@ -216,13 +216,11 @@ def test_odd_file_names_give_safe_unique_keys(avprep, short, tmp_path):
     assert not list(tmp_path.rglob("*pwned"))
 
 
-def test_every_dataset_says_what_to_do_when_its_files_are_absent(avprep, tmp_path):
+@pytest.mark.parametrize("name", [name for name in DATASETS if name != "demo"])
+def test_every_dataset_says_what_to_do_when_its_files_are_absent(avprep, tmp_path, name):
     (tmp_path / "empty").mkdir()
-    for name, dataset in DATASETS.items():
-        if name == "demo":
-            continue
-        absent = avprep("build", "--dataset", name, "--raw", tmp_path / "nowhere")
-        assert absent.returncode == 1 and "nowhere" in absent.stderr and "--dataset demo" in absent.stderr
-        assert dataset.layout in absent.stderr and dataset.origin in absent.stderr
-        empty = avprep("build", "--dataset", name, "--raw", tmp_path / "empty", "--split", "all")
-        assert empty.returncode == 1 and "Traceback" not in empty.stderr and str(tmp_path / "empty") in empty.stderr
+    absent = avprep("build", "--dataset", name, "--raw", tmp_path / "nowhere")
+    assert absent.returncode == 1 and "nowhere" in absent.stderr and "--dataset demo" in absent.stderr
+    assert DATASETS[name].layout in absent.stderr and DATASETS[name].origin in absent.stderr
+    empty = avprep("build", "--dataset", name, "--raw", tmp_path / "empty", "--split", "all")
+    assert empty.returncode == 1 and "Traceback" not in empty.stderr and str(tmp_path / "empty") in empty.stderr
