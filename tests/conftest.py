@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import traceback
@@ -25,6 +26,18 @@ from avprep.media import ffmpeg_path  # noqa: E402
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("AV_SHARED", ROOT.parent / "shared"))
 Done = subprocess.CompletedProcess[str]
+
+
+# What a test waits seconds for: media, shards, a process that loads everything anew, the paper's network.
+COSTLY = {"ffmpeg", "avprep", "avprep_process", "made_once", "released_state"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is fast: it needs nothing costly, and is not marked as taking seconds itself."""
+    for item in items:
+        needed = set(getattr(item, "fixturenames", ()))
+        if not needed & COSTLY and not any(item.get_closest_marker(name) for name in ("seconds", "slow")):
+            item.add_marker("fast")
 
 
 @pytest.fixture(scope="session")
@@ -132,12 +145,25 @@ def small_demo(made_once: Callable[..., Path], avprep: Callable[..., Done]) -> P
 
 
 @pytest.fixture(scope="session")
+def tiny_demo(small_demo: Path, made_once: Callable[..., Path]) -> Path:
+    """Five of its videos, four to train with. To be read only."""
+
+    def fill(folder: Path) -> None:
+        for path in [*sorted(small_demo.glob("train/*/*.mp4"))[:4], *sorted(small_demo.glob("test/*/*.mp4"))[:1]]:
+            place = folder / path.relative_to(small_demo)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, place)
+
+    return made_once("tiny_demo", fill)
+
+
+@pytest.fixture(scope="session")
 def demo_shards(small_demo: Path, made_once: Callable[..., Path], avprep: Callable[..., Done]) -> Path:
-    """Its shards: train in ten, test in one or two. To be read only."""
+    """Its shards, made by one worker: train in ten, test in one or two. To be read only."""
 
     def fill(folder: Path) -> None:
         done = avprep("build", "--dataset", "demo", "--raw", small_demo, "--out", folder, "--shard-mb", 0.3, "--split",
-                      "all")
+                      "all", "--workers", 1)
         assert done.returncode == 0, done.stderr
 
     return made_once("shards", fill) / "demo"

@@ -54,14 +54,14 @@ def test_settings_come_from_the_environment_too(avprep, small_demo, tmp_path):
     assert (tmp_path / "demo/train/index.json").exists()
 
 
-def test_info_and_preview(avprep, small_demo, tmp_path):
+def test_info_and_preview(avprep, tiny_demo, tmp_path):
     from PIL import Image
 
-    done = avprep("build", "--dataset", "demo", "--raw", small_demo, "--out", tmp_path, "--split", "all")
+    done = avprep("build", "--dataset", "demo", "--raw", tiny_demo, "--out", tmp_path, "--split", "all")
     assert done.returncode == 0
     done = avprep("info", tmp_path)
     assert done.returncode == 0
-    for part in ("clips    10 in 1 shards, 0.08 h", "clips    2 in", "fps 16", "grow", "0 without sound",
+    for part in ("clips    4 in 1 shards, 0.03 h", "clips    1 in", "fps 16", "grow", "0 without sound",
                  "lengths  shortest 30.0 s, median 30.0 s, longest 30.0 s"):
         assert part in done.stdout
     done = avprep("preview", tmp_path, "-o", tmp_path / "sheet.png", "--clips", 3)

@@ -75,6 +75,7 @@ def test_nothing_befalls():
     assert _keys(_Made()) == _keys(_Made(), workers=0) == list("012345") and _keys(_Made(), 0) == []
 
 
+@pytest.mark.seconds
 def test_a_full_shared_memory_ends_the_run_with_a_line():
     done = _in_small_memory("8m", """
 import test_handover as here
@@ -89,6 +90,7 @@ except AvtrainError as error:
     assert "No space left" in done.stdout and "--shm-size" in done.stdout and "data.workers=0" in done.stdout
 
 
+@pytest.mark.seconds
 def test_no_shared_memory_at_all_is_said_at_the_start():
     done = _in_small_memory("4k", """
 import test_handover as here
