@@ -125,6 +125,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callab
         with (folder.parent / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not is_whole.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of an attempt that failed
                 folder.mkdir()
                 fill(folder)
                 is_whole.touch()
