@@ -29,7 +29,7 @@ def make_media(ffmpeg: Callable[..., None], folder: Path) -> None:
         "pancake.mkv": [*_picture("426x240", 30, 10.4, noisy), *_tone(500, 48_000, 10.4), *_H264, "-b:v", "500k",
                         "-c:a", "libopus"],
         "v2d_test.mp4": [*_picture("288x162", 8, 122.6), *_tone(400, 44_100, 122.6), *_H264, "-c:a", "aac"],
-        "bigbuckbunny.mp4": [*_picture("320x180", 25, 5.3, ",gblur=sigma=3"), "-f", "lavfi", "-i",
+        "bigbuckbunny.mp4": [*_picture("320x180", 25, 5.3, ",gblur=sigma=4,hue=s=0.25"), "-f", "lavfi", "-i",
                              f"aevalsrc={surround}:s=48000:c=5.1:d=5.3", *_H264, "-c:a", "aac", "-b:a", "384k"],
         "mmaction_demo.mp4": [*_picture("340x256", 14, 10, ",setsar=64/51"), *_H264],
         "mmaction_test.avi": [*_picture("160x120", 25, 6.6), *_tone(700, 44_100, 6.6), "-c:v", "mpeg4", "-c:a",

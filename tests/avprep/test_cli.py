@@ -61,7 +61,7 @@ def test_info_and_preview(avprep, tiny_demo, tmp_path):
     assert done.returncode == 0
     done = avprep("info", tmp_path)
     assert done.returncode == 0
-    for part in ("clips    4 in 1 shards, 0.03 h", "clips    1 in", "fps 16", "grow", "0 without sound",
+    for part in ("clips    4 in 1 shards, 0.03 h", "clips    2 in", "fps 16", "grow", "0 without sound",
                  "lengths  shortest 30.0 s, median 30.0 s, longest 30.0 s"):
         assert part in done.stdout
     done = avprep("preview", tmp_path, "-o", tmp_path / "sheet.png", "--clips", 3)
