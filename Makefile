@@ -11,7 +11,7 @@ BIN     := $(VENV)/bin
 READY   := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow lint pretrain demo bench bench-gpu demo-report transfer-report esc-report \
+.PHONY: help install check test test-slow lint pretrain demo bench bench-gpu demo-report transfer-report esc-report \
         ablations clean
 
 help:  ## list the targets
@@ -24,8 +24,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-test: $(READY)  ## run the tests (under 10 minutes on 2 cores)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+check: lint  ## ruff, mypy, and the fast tests (under a minute on 2 cores)
+	$(BIN)/python -m pytest -m fast --numprocesses 2 --dist loadfile --quiet
+
+test: $(READY)  ## run the tests (under 5 minutes on 2 cores)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: $(READY)  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow

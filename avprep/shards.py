@@ -72,6 +72,8 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._tar is not None:  # else the stream of a shard that failed writes its rest to the closed file, some day
+            self._tar.tarstream.fileobj.closed = True
         self._file.file.close()
         self._part.unlink(missing_ok=True)
 

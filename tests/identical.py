@@ -146,7 +146,7 @@ def compare_eval(base: Tree, here: Tree) -> list[str]:
 
 def compare_parity(here: Tree) -> list[str]:
     """Whether the tests against the authors' numbers pass."""
-    files = ["test_model.py", "test_released.py", "test_lowrank.py"]
+    files = ["models/test_model.py", "checkpoints/test_released.py", "models/test_lowrank.py"]
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", *(f"tests/avtrain/{file}" for file in files),
                            "tests/avprep/test_logmel.py"], cwd=here.code, capture_output=True, text=True, check=False)
     print(f"parity: {done.stdout.strip().splitlines()[-1]}", flush=True)

@@ -60,11 +60,11 @@ def test_transfer_report(demo_shards, tmp_path):
 
 
 @pytest.mark.slow
-def test_esc_report(demo_shards, media, avprep, tmp_path):
+def test_esc_report(demo_shards, esc10, avprep, tmp_path):
     out = tmp_path / "shards"
     out.mkdir()
     (out / "demo").symlink_to(demo_shards)
-    done = avprep("build", "--dataset", "esc10", "--raw", media / "esc10", "--split", "all", "--out", out)
+    done = avprep("build", "--dataset", "esc10", "--raw", esc10, "--split", "all", "--out", out)
     assert done.returncode == 0, done.stderr
     printed = _run("esc_report", "--shards", out, "--out", tmp_path, "--folds", 2, "--set", "training.steps=2", "--set",
                    "transfer.epochs=1")

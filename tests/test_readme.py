@@ -38,8 +38,8 @@ def test_commands_and_their_options_exist(command):
     assert {word for word in rest if word.startswith("-")} <= options
 
 
-def test_demo_commands_run_as_written(avprep, small_demo, tmp_path):
-    built = avprep("build", "--dataset", "demo", "--raw", small_demo, "--split", "all", cwd=tmp_path)
+def test_demo_commands_run_as_written(avprep, tiny_demo, tmp_path):
+    built = avprep("build", "--dataset", "demo", "--raw", tiny_demo, "--split", "all", cwd=tmp_path)
     assert built.returncode == 0
     run = [command for command in COMMANDS if command.startswith("avprep") and "shards/demo" in command]
     assert len(run) >= 3
@@ -50,8 +50,8 @@ def test_demo_commands_run_as_written(avprep, small_demo, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_the_reading_example_of_the_format_runs(avprep, small_demo, tmp_path, monkeypatch):
-    built = avprep("build", "--dataset", "demo", "--raw", small_demo, cwd=tmp_path)
+def test_the_reading_example_of_the_format_runs(avprep, tiny_demo, tmp_path, monkeypatch):
+    built = avprep("build", "--dataset", "demo", "--raw", tiny_demo, cwd=tmp_path)
     assert built.returncode == 0
     text = (ROOT / "shards" / "README.md").read_text()
     example = re.search(r"```python\n(.*?)```", text, flags=re.DOTALL).group(1)

@@ -60,7 +60,7 @@ def build(avprep, tmp_path):
 
     def run(dataset: str, split: str = "train", exit_code: int = 0, *more: object) -> SimpleNamespace:
         done = avprep("build", "--dataset", dataset, "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--split",
-                      split, "--workers", 2, *more, errors="surrogateescape")
+                      split, "--workers", 2, *more)
         assert done.returncode == exit_code and "Traceback" not in done.stderr, done.stderr
         built = {path.parent.name: _read(path.parent) for path in sorted((tmp_path / "out").rglob("index.json"))}
         return SimpleNamespace(done=done, splits=built, **(vars(built[split]) if split in built else {}))

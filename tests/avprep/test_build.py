@@ -1,4 +1,4 @@
-"""`avprep build` on real files: every input accounted for, byte for byte the same however it was run."""
+"""`avprep build` on files of many kinds: every input accounted for, byte for byte the same however it was run."""
 
 import json
 import os
@@ -31,8 +31,8 @@ def _samples(folder):
 
 
 @pytest.fixture(scope="module")
-def real_shards(media, avprep, tmp_path_factory):
-    """All real videos, and one class of ESC-10."""
+def media_shards(media, avprep, tmp_path_factory):
+    """All videos, and one class of ESC-10."""
     root = tmp_path_factory.mktemp("real")
     raw = root / "raw"
     raw.mkdir()
@@ -50,8 +50,8 @@ def real_shards(media, avprep, tmp_path_factory):
     return root / "out" / "folder" / "train", done.stdout, raw
 
 
-def test_counts_add_up(real_shards):
-    folder, printed, raw = real_shards
+def test_counts_add_up(media_shards):
+    folder, printed, raw = media_shards
     counts = _index(folder)["counts"]
     files = sum(path.is_file() for path in raw.rglob("*"))
     skipped, failed = sum(counts["sources_skipped"].values()), sum(counts["sources_failed"].values())
@@ -70,8 +70,8 @@ def test_counts_add_up(real_shards):
         assert part in printed
 
 
-def test_real_videos_become_the_clips_their_readme_promises(real_shards):
-    samples = {key: info for key, (info, _) in _samples(real_shards[0]).items()}
+def test_videos_become_the_clips_their_readme_promises(media_shards):
+    samples = {key: info for key, (info, _) in _samples(media_shards[0]).items()}
     assert {key for key in samples if key.startswith("v2d_test")} == {f"v2d_test-{number:04d}" for number in range(5)}
     assert [samples[f"v2d_test-{number:04d}"]["frames"] for number in range(5)] == [480, 480, 480, 480, 42]
     assert samples["v2d_test-0003"]["start_s"] == 90 and samples["v2d_test-0003"]["end_s"] == 120
@@ -84,11 +84,12 @@ def test_real_videos_become_the_clips_their_readme_promises(real_shards):
     assert abs(samples["mmaction_demo-0000"]["width"] / samples["mmaction_demo-0000"]["height"] - 5 / 3) < 0.01
     assert samples["bigbuckbunny-0000"]["missing"] == []
     dogs = [info for info in samples.values() if info["source"].startswith("dog/")]
-    assert len(dogs) == 40 and all(info["missing"] == ["picture"] and info["mel_frames"] == 320 for info in dogs)
+    assert len(dogs) == len(list((media_shards[2] / "dog").iterdir())) >= 5
+    assert all(info["missing"] == ["picture"] and info["mel_frames"] == 320 for info in dogs)
     assert all(info["labels"] == [1] for info in dogs) and samples["bikes-0000"]["labels"] == []
 
 
-def test_surround_sound_is_the_mean_of_its_channels(media, real_shards):
+def test_surround_sound_is_the_mean_of_its_channels(media, media_shards):
     """5.1 against the mean of what PyAV decodes, through librosa."""
     import av
     import librosa
@@ -102,13 +103,13 @@ def test_surround_sound_is_the_mean_of_its_channels(media, real_shards):
         pad_mode="reflect"))
     import io
 
-    [members] = [members for key, (_, members) in _samples(real_shards[0]).items() if key == "bigbuckbunny-0000"]
+    [members] = [members for key, (_, members) in _samples(media_shards[0]).items() if key == "bigbuckbunny-0000"]
     ours = np.load(io.BytesIO(members["logmel.npy"]))[:, :128].astype(np.float32)
     assert np.abs(ours - theirs)[:, 1:126].mean() < 0.05
 
 
-def test_verify_accepts_real_shards_and_names_a_damaged_one(real_shards, avprep, tmp_path):
-    folder, _, _ = real_shards
+def test_verify_accepts_media_shards_and_names_a_damaged_one(media_shards, avprep, tmp_path):
+    folder, _, _ = media_shards
     assert avprep("verify", folder).returncode == 0
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
@@ -124,11 +125,9 @@ def test_verify_accepts_real_shards_and_names_a_damaged_one(real_shards, avprep,
 
 
 @pytest.fixture(scope="module")
-def undisturbed(small_demo, avprep, tmp_path_factory):
-    """The small demo in several shards, built by one worker in one go."""
-    out = tmp_path_factory.mktemp("undisturbed")
-    assert _build(avprep, small_demo, out, 1).returncode == 0
-    content = _bytes_of(out)
+def undisturbed(demo_shards):
+    """The small demo's train split in several shards, built by one worker in one go."""
+    content = {f"demo/train/{name}": of_file for name, of_file in _bytes_of(demo_shards / "train").items()}
     assert sum(name.endswith(".tar") for name in content) >= 4
     return content
 
@@ -251,8 +250,8 @@ def test_killed_between_a_tar_and_its_marker(ffmpeg, avprep, tmp_path, monkeypat
     def killed(path, text):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(building, "write_whole", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(building, "write_whole", killed)
         building.build_split(building.BuildOptions("folder", raw, tmp_path, ClipSpec(), 1, 1000, 60), "train")
     shutil.rmtree(raw / "a")
     assert avprep(*build).returncode == 0
@@ -304,7 +303,7 @@ def test_a_file_that_could_not_be_opened_is_looked_at_in_every_run(media, avprep
     assert "2 written" in avprep(*build).stdout
 
 
-def test_a_killed_ffmpeg_is_not_blamed_on_the_file(media, avprep, tmp_path):
+def test_a_killed_ffmpeg_is_not_blamed_on_the_file(media, avprep_process, tmp_path):
     """The kernel kills whoever takes the most when memory runs out; here an ffmpeg kills itself."""
     raw, fake = tmp_path / "raw", tmp_path / "bin" / "ffmpeg"
     raw.mkdir()
@@ -318,19 +317,21 @@ case "$*" in
 esac
 """)
     fake.chmod(0o755)
-    done = avprep("build", "--dataset", "folder", "--raw", raw, "--out", tmp_path,
-                  env={**os.environ, "PATH": f"{fake.parent}:{os.environ['PATH']}"})
+    done = avprep_process("build", "--dataset", "folder", "--raw", raw, "--out", tmp_path,
+                          env={**os.environ, "PATH": f"{fake.parent}:{os.environ['PATH']}"})
     [failure] = [json.loads(line) for line in (tmp_path / "folder/train/failures.jsonl").read_text().splitlines()]
     assert failure["reason"] == "ffmpeg was killed" and "signal 9" in failure["detail"]
     assert "fewer --workers" in failure["detail"] and "1 ffmpeg was killed" in done.stdout
 
 
-def test_memory_stays_flat_over_a_long_video(ffmpeg, tmp_path):
-    """A 2-hour video in under 1 GB, ffmpeg included."""
+@pytest.mark.parametrize(("minutes", "most_bytes"), [(20, 0.85e9), pytest.param(120, 1e9, marks=pytest.mark.slow)])
+def test_memory_stays_flat_over_a_long_video(ffmpeg, tmp_path, minutes, most_bytes):
+    """In under 1 GB, ffmpeg included: 0.7 GB, and 5 MB more for each clip whose sound would be kept."""
     raw = tmp_path / "raw"
     raw.mkdir()
-    ffmpeg("-f", "lavfi", "-i", "testsrc2=s=64x48:r=2:d=7200", "-f", "lavfi", "-i", "sine=440:r=8000:d=7200",
-           "-c:v", "libx264", "-preset", "ultrafast", "-g", 20, "-c:a", "pcm_s16le", raw / "long.mkv")
+    ffmpeg("-f", "lavfi", "-i", f"testsrc2=s=64x48:r=2:d={60 * minutes}", "-f", "lavfi", "-i",
+           f"sine=440:r=8000:d={60 * minutes}", "-c:v", "libx264", "-preset", "ultrafast", "-g", 20, "-c:a",
+           "pcm_s16le", raw / "long.mkv")
     command = [sys.executable, "-m", "avprep.cli", "build", "--dataset", "folder", "--raw", str(raw), "--out",
                str(tmp_path), "--workers", "2"]
     peak_bytes = 0
@@ -338,8 +339,8 @@ def test_memory_stays_flat_over_a_long_video(ffmpeg, tmp_path):
         while process.poll() is None:
             peak_bytes = max(peak_bytes, _tree_bytes(process.pid))
             time.sleep(0.02)
-        assert process.returncode == 0 and "240 clips, 2.00 h" in process.stdout.read()
-    assert 50e6 < peak_bytes < 1e9
+        assert process.returncode == 0 and f"{2 * minutes} clips, {minutes / 60:.2f} h" in process.stdout.read()
+    assert 50e6 < peak_bytes < most_bytes
 
 
 def _tree_bytes(pid):
@@ -356,17 +357,14 @@ def _tree_bytes(pid):
     return total
 
 
-def test_ray_gives_the_same_bytes(small_demo, avprep, undisturbed, tmp_path):
+def test_ray_gives_the_same_bytes(small_demo, avprep_process, undisturbed, tmp_path):
     pytest.importorskip("ray", reason="ray is an extra: pip install '.[ray]'")
-    done = _build(avprep, small_demo, tmp_path, 2, "--executor", "ray")
+    done = _build(avprep_process, small_demo, tmp_path, 2, "--executor", "ray")
     assert done.returncode == 0, done.stderr
     assert _bytes_of(tmp_path) == undisturbed
 
 
-def test_ray_absent_is_said(small_demo, tmp_path):
-    (tmp_path / "ray.py").write_text("raise ImportError('not here')")
-    hidden = subprocess.run(
-        [sys.executable, "-m", "avprep.cli", "build", "--dataset", "demo", "--raw", str(small_demo), "--out",
-         str(tmp_path / "out"), "--executor", "ray"], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)})
+def test_ray_absent_is_said(small_demo, avprep, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)  # importing it fails
+    hidden = avprep("build", "--dataset", "demo", "--raw", small_demo, "--out", tmp_path / "out", "--executor", "ray")
     assert hidden.returncode == 1 and "pip install" in hidden.stderr and "Traceback" not in hidden.stderr

@@ -8,8 +8,10 @@ from contextlib import closing
 
 import pytest
 
+from avprep.clips import Clip
 from avprep.executors import run_local
 from avprep.progress import Count
+from avprep.shards import ShardWriter
 
 
 class Busy:
@@ -101,3 +103,13 @@ def test_results_are_not_kept():
         time.sleep(0.01)
         gc.collect()
         assert sum(one() is not None for one in alive) == 0
+
+
+def test_the_shard_of_a_build_that_fails_is_gone_for_good(tmp_path):
+    """Nothing of it writes on when it is collected: such an error would fail this test."""
+    with pytest.raises(OSError, match="disk is full"), ShardWriter(tmp_path / "x.tar") as writer:
+        writer.add(Clip("a", {"json": b"{}"}, {}))
+        raise OSError("the disk is full")
+    del writer
+    gc.collect()
+    assert not list(tmp_path.iterdir())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
+import gzip
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from manifest_of import add_manifests
 from redrawn import drawn
 from small_eval import NETWORK, build, put
 from torch import Tensor
@@ -18,43 +18,24 @@ from avtrain.checkpoints.ours import save_model
 from avtrain.config import read_config
 from avtrain.models.avbert import AVBert
 
-SHARED = Path(os.environ.get("AV_SHARED", Path(__file__).parents[2].parent / "shared"))
+EXCERPTS = Path(__file__).parents[1] / "reference"
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    if not (SHARED / "reference").is_dir():
-        pytest.skip(f"no reference data in {SHARED}; set AV_SHARED to the folder that holds reference/")
-    return SHARED
-
-
-@pytest.fixture(scope="session")
-def avprep(avprep):
-    """The same command; what `build` has written under --out gets its manifests."""
-
-    def run(*arguments, **options):
-        done = avprep(*arguments, **options)
-        if arguments[0] == "build" and done.returncode == 0:
-            add_manifests(Path(arguments[arguments.index("--out") + 1]))
-        return done
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def released_state(shared: Path) -> dict[str, Tensor]:
+def released_state() -> dict[str, Tensor]:
     """The state dict of the authors' Kinetics-Sounds model, redrawn."""
     state = {}
-    with (shared / "reference" / "avbert_state_dict.csv").open(newline="") as file:
+    with gzip.open(EXCERPTS / "avbert_state_dict.csv.gz", "rt", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             shape = tuple(int(size) for size in row["shape"].split("x") if size)
             state[row["name"]] = drawn(row["name"], shape, "weight").to(getattr(torch, row["dtype"]))
     return state
 
 
-@pytest.fixture(scope="session")
-def reference(shared: Path) -> dict[str, np.ndarray]:
-    with np.load(shared / "reference" / "avbert_outputs.npz") as file:
+@pytest.fixture(scope="module")
+def reference(reference_folder: Path) -> dict[str, np.ndarray]:
+    """What the authors' code computed, by name; of the excerpt some values in a line, a step apart."""
+    with np.load(reference_folder / "avbert_outputs.npz") as file:
         return dict(file)
 
 
@@ -116,15 +97,18 @@ def tree(videos, avprep, tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="session")
-def tree_with_esc10(tree, media, avprep):
-    """The same with ESC-10: a real recording of two classes in every fold."""
+@pytest.fixture(scope="module")
+def tree_with_esc10(tree, esc10, avprep, tmp_path_factory):
+    """The same with ESC-10: a recording of two classes in every fold."""
+    root = tmp_path_factory.mktemp("transfer_and_esc10")
     for name in ("001 - Dog bark", "002 - Rain"):
         for fold in "12345":
-            for path in sorted((media / "esc10" / name).glob(f"{fold}-*.ogg"))[:1]:
-                put(path, tree / "raw" / "esc10" / name / path.name)
-    build(avprep, "esc10", tree / "raw" / "esc10", tree)
-    return tree
+            for path in sorted((esc10 / name).glob(f"{fold}-*.ogg"))[:1]:
+                put(path, root / "raw" / "esc10" / name / path.name)
+    build(avprep, "esc10", root / "raw" / "esc10", root)
+    for name in ("ucf101", "kinetics-sounds", "charades"):
+        shutil.copytree(tree / name, root / name)
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -104,6 +104,7 @@ def test_params_options() -> None:
     assert "--rank: goes with --share lowrank" in last_line("--share", "both", "--rank", "8")
 
 
+@pytest.mark.seconds
 def test_export_equals_eager(checkpoint: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["export", str(checkpoint), "-o", str(tmp_path / "model.pt2")])
     assert result.exit_code == 0, result.output

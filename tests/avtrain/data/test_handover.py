@@ -26,7 +26,7 @@ from avtrain.data.shards import open_folders
 from avtrain.data.views import Views
 from avtrain.errors import AvtrainError, TaskFailed, TooManyUnreadable, Unreadable
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MIB = 2**20
 
 
@@ -67,13 +67,15 @@ def _in_small_memory(size, code):
         pytest.skip("no unshare on this system")
     if probe.returncode:
         pytest.skip(f"a small /dev/shm can't be mounted here: {probe.stderr.strip()}")
-    return run(sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{code}")
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    return run(sys.executable, "-c", f"import sys; sys.path[:0] = {folders!r}\n{code}")
 
 
 def test_nothing_befalls():
     assert _keys(_Made()) == _keys(_Made(), workers=0) == list("012345") and _keys(_Made(), 0) == []
 
 
+@pytest.mark.seconds
 def test_a_full_shared_memory_ends_the_run_with_a_line():
     done = _in_small_memory("8m", """
 import test_handover as here
@@ -88,6 +90,7 @@ except AvtrainError as error:
     assert "No space left" in done.stdout and "--shm-size" in done.stdout and "data.workers=0" in done.stdout
 
 
+@pytest.mark.seconds
 def test_no_shared_memory_at_all_is_said_at_the_start():
     done = _in_small_memory("4k", """
 import test_handover as here

@@ -82,6 +82,7 @@ def test_unfactored_layer_is_a_linear_layer() -> None:
     torch.testing.assert_close(second.apply(x), expected)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("autocast", [False, True])
 def test_rotations_stay_orthogonal(autocast: bool) -> None:
     torch.manual_seed(0)

@@ -7,27 +7,19 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from small_eval import (
-    NETWORK,
     QUICK,
     VIEWS,
-    build,
     invoke,
     predictions_of,
-    put,
     results_of,
     run_eval,
     settings,
     times_of,
 )
-from torch import nn
 
-from avtrain.checkpoints.ours import save_model
-from avtrain.config import read_config
 from avtrain.data.manifest import rows_of, schema
 from avtrain.engine import Run
-from avtrain.models.avbert import AVBert
 from avtrain.run_folder import RunFolder, write_settings
 from avtrain.transfer.splits import held_out
 from avtrain.transfer.tasks import TASKS
@@ -202,88 +194,6 @@ def test_a_validation_part_never_splits_a_group(task, key, group):
     groups = [{re.search(group, name)[1] for name in part} for part in (learned, validation)]
     assert not groups[0] & groups[1] and len(groups[1]) == 2
     assert [part.keys() for part in held_out(clips, 0.1, TASKS[task].group, 0)] == [learned, validation]
-
-
-def test_mistakes_are_answered_in_a_line(tree, checkpoint, avprep, tmp_path):
-    text = tmp_path / "notes.safetensors"
-    text.write_text("no checkpoint")
-    pickled = tmp_path / "notes.pyth"
-    pickled.write_text("no checkpoint")
-    incomplete = tmp_path / "incomplete"
-    shutil.copytree(tree / "kinetics-sounds" / "train", incomplete / "kinetics-sounds" / "train")
-    mixed = tmp_path / "mixed"
-    shutil.copytree(tree / "kinetics-sounds" / "train", mixed / "kinetics-sounds" / "train")
-    shutil.copytree(tree / "ucf101" / "test2", mixed / "kinetics-sounds" / "test")
-    other_order = tmp_path / "other_order"
-    shutil.copytree(tree / "kinetics-sounds", other_order / "kinetics-sounds")
-    index = json.loads((other_order / "kinetics-sounds/test/index.json").read_text())
-    index["classes"] = index["classes"][::-1]
-    (other_order / "kinetics-sounds/test/index.json").write_text(json.dumps(index))
-    silent = tmp_path / "silent"
-    put(tree / "raw/sounds/test/class0/silent.mp4", *(tmp_path / "mute" / split / "class0" / "a.mp4"
-                                                      for split in ("train", "test")))
-    build(avprep, "kinetics-sounds", tmp_path / "mute", silent)
-    unlabelled = tmp_path / "unlabelled"
-    shutil.copytree(tree / "charades" / "train", unlabelled / "charades" / "train")
-    (tmp_path / "raw" / "Charades").mkdir(parents=True)
-    raw = tree / "raw" / "charades"
-    shutil.copy(raw / "Charades/Charades_v1_classes.txt", tmp_path / "raw" / "Charades")
-    (tmp_path / "raw" / "Charades" / "Charades_v1_test.csv").write_text("id,actions\ntest0,\n")
-    put(raw / "Charades_v1_480" / "test0.mp4", tmp_path / "raw" / "Charades_v1_480" / "test0.mp4")
-    build(avprep, "charades", tmp_path / "raw", unlabelled, "test")
-    config = read_config("tiny", [*NETWORK, "data.modality=audio"])
-    save_model(tmp_path / "heard.safetensors", AVBert(config.model), config)
-    diverged = AVBert(config.model)
-    nn.init.constant_(diverged.audio_projection.bias, torch.nan)
-    save_model(tmp_path / "diverged.safetensors", diverged, config)
-    random, ours = ("--init", "random", "--preset", "tiny"), ("--checkpoint", checkpoint)
-    heard = ("--checkpoint", tmp_path / "heard.safetensors")
-    for arguments, expected in (
-            (("ucf102", tree, *random), "--task ucf102: known are ucf101"),
-            (("ucf101", tree, *ours, "--init", "random"), "one of the two"),
-            (("ucf101", tree, *ours, "--preset", "tiny"), "--preset tiny: goes with --init random"),
-            (("ucf101", tree, *ours, "--protocol", "knn", "--set", "transfer.epochs=3"), "epochs: no such setting of"),
-            (("ucf101", tree, "--checkpoint", tmp_path / "none.safetensors"), "No such file"),
-            (("ucf101", tree, "--checkpoint", text), "not a checkpoint of avtrain"),
-            (("ucf101", tree, "--checkpoint", pickled), "not a checkpoint that can be read safely"),
-            (("ucf101", tree, "--checkpoint", tree / "raw/ucf/ucfTrainTestlist/classInd.txt"), "not a checkpoint that"),
-            (("esc10", tree, "--checkpoint", tmp_path / "diverged.safetensors"), "its training diverged"),
-            (("ucf101", tree, *ours, "--set", "transfer.head_rate=1e38"), "at most 100 is wanted"),
-            (("ucf101", tree, *ours, "--validation", "nan"), "Invalid value for '--validation': nan is no number"),
-            (("ucf101", tree, *ours, "--split", "4"), "--split 4: ucf101 has 1, 2, 3"),
-            (("kinetics-sounds", incomplete, *ours), "avprep build --dataset kinetics-sounds --split test"),
-            (("esc50", tree, *ours), "avprep build --dataset esc50 --split fold"),
-            (("kinetics-sounds", mixed, *ours), "spec differ"),
-            (("kinetics-sounds", other_order, *ours), "classes differ"),
-            (("kinetics-sounds", silent, *ours, "--modality", "audio"), "which --modality audio needs"),
-            (("charades", tree, *ours, "--set", "transfer.loss=hinge"), "several labels"),
-            (("ucf101", tree, *ours), "avprep build --dataset ucf101 --split train1"),
-            (("ucf101", tree, *ours, "--set", "transfer.epoch=1"), "did you mean transfer.epochs"),
-            (("ucf101", tree, *ours, "--set", "model.rank=4"), "only transfer.* and data.* can be set"),
-            (("ucf101", tree, *random, "--set", "training.steps=4"), "only transfer.* and data.* and model.* can be"),
-            (("ucf101", tree, *ours, "--set", "data.noise=[-5, -3]"), "data.noise: no such setting here"),
-            (("ucf101", tree, *random, "--set", "data.segments=4"), "data.segments: no such setting here"),
-            (("kinetics-sounds", tree, *heard), "a visual CNN would be needed, and it has learned only an audio CNN"),
-            (("charades", unlabelled, *ours), "not one test clip has a label"),
-            (("kinetics-sounds", tree, *ours, "--set", "transfer.test_views=30"), "positions for 21 segments"),
-            (("ucf101", tree, *ours, "--split", "2", "--set", "data.mels=40"), "mel_bands 80"),
-            (("all", tmp_path, *ours), "no task has all shards")):
-        done = invoke("eval", "--task", arguments[0], "--shards", arguments[1], "--out", tmp_path / "run", "--device",
-                      "cpu", *arguments[2:])
-        assert done.exit_code in (1, 2) and expected in done.output, (arguments, done.output, done.exception)
-    for command, options, expected in (
-            ("embed", ("--shards", tree / "ucf101" / "test2", *ours, "--set", "data.time_mask=0"), "no such setting"),
-            ("embed", ("--shards", tree / "ucf101" / "test2", *ours, "--set", "data.segments=22"), "at most"),
-            ("embed", ("--shards", tree / "ucf101" / "test2", *heard, "--set", "data.modality=both"), "a visual CNN"),
-            ("embed", ("--shards", tree / "ucf101" / "test2", *ours, "-o", "f.csv"), "ends in .parquet is wanted"),
-            ("embed", ("--shards", tree / "ucf101" / "test2", "--shards", tree / "raw/../ucf101/test2/index.json",
-                       *ours), "the same shards twice"),
-            ("retrieve", ("--shards", tree / "kinetics-sounds", *heard), "a visual CNN would be needed"),
-            ("retrieve", ("--shards", tree / "kinetics-sounds" / "test", *ours), "the folder of a dataset with"),
-            ("retrieve", ("--shards", tree / "kinetics-sounds", *ours, "-o", "f"), "ends in .png is wanted")):
-        output = tmp_path / ("output.parquet" if command == "embed" else "output.png")
-        done = invoke(command, "-o", output, "--device", "cpu", *options)
-        assert done.exit_code == 1 and expected in done.output, (command, options, done.output, done.exception)
 
 
 @pytest.mark.parametrize(("name", "content"), [
