@@ -1,0 +1,40 @@
+"""How the pages of this folder become a site: `make docs`. Nothing is fetched from the network."""
+
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from avprep import __version__
+
+project = "avprep + avtrain"
+author = copyright = "the avprep and avtrain contributors"
+release = version = __version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "sphinx_click"]
+templates_path = ["_templates"]
+exclude_patterns = ["_build", "_templates"]
+
+myst_heading_anchors = 3  # for links such as results.md#esc-10
+
+default_role = "code"  # what stands in single backticks in a docstring
+autodoc_inherit_docstrings = False
+autodoc_member_order = "bysource"
+autodoc_mock_imports = ["ray", "triton"]  # an extra; and what comes with torch for CUDA alone
+autodoc_typehints_format = "short"
+napoleon_use_ivar = True  # else the fields of named tuples are there twice
+suppress_warnings = ["ref.python"]  # an attribute that several classes have, such as `visual`, is linked to none
+
+html_theme = "furo"
+html_title = project
+html_copy_source = False
+
+
+def _escape_stars(app, context, lines):
+    """In the help of an option a star is a star: transfer.*"""
+    lines[:] = [re.sub(r"(?<!\*)\*(?!\*)", r"\\*", line) for line in lines]
+
+
+def setup(app):
+    app.connect("sphinx-click-process-options", _escape_stars)
