@@ -36,12 +36,14 @@ def _escape_stars(app, context, lines):
     lines[:] = [re.sub(r"(?<!\*)\*(?!\*)", r"\\*", line) for line in lines]
 
 
-def _text_of_a_field(app, what, name, obj, options, lines):
-    """Before napoleon, which would take what stands before a colon in the first line for the field's type."""
-    if what == "attribute":
-        lines.insert(0, "")
+def _whole_text_of_a_field(app, what, name, obj, options, lines):
+    """After napoleon, which takes what stands before a colon in the first line for the field's type."""
+    taken = next((line for line in lines if line.startswith(":type: ")), None)
+    if what == "attribute" and taken:
+        lines.remove(taken)
+        lines[0] = f"{taken.removeprefix(':type: ')}: {lines[0]}"
 
 
 def setup(app):
     app.connect("sphinx-click-process-options", _escape_stars)
-    app.connect("autodoc-process-docstring", _text_of_a_field, priority=400)
+    app.connect("autodoc-process-docstring", _whole_text_of_a_field, priority=600)

@@ -171,5 +171,6 @@ def test_messages_in_troubleshooting_are_those_of_the_code():
     rows = re.findall(r"^\| (`.*?) \|", PAGES["docs/troubleshooting.md"], flags=re.MULTILINE)
     messages = [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
     assert len(messages) > 40
-    pieces = [piece.strip(" ;:,") for message in messages for piece in re.split(r"\.\.\.|\(.*?\)|\S+\.(?:json|parquet)|/dev/shm", message)]
+    between = r"\.\.\.|\(.*?\)|\S+\.(?:json|parquet)|/dev/shm"
+    pieces = [piece.strip(" ;:,") for message in messages for piece in re.split(between, message)]
     assert [piece for piece in pieces if len(piece) > 10 and piece not in source] == []
