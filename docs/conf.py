@@ -36,8 +36,10 @@ def _escape_stars(app, context, lines):
     lines[:] = [re.sub(r"(?<!\*)\*(?!\*)", r"\\*", line) for line in lines]
 
 
-def _whole_text_of_a_field(app, what, name, obj, options, lines):
-    """After napoleon, which takes what stands before a colon in the first line for the field's type."""
+def _plain_text(app, what, name, obj, options, lines):
+    """A name that ends in an underscore is no link; what stands before a colon in a field's text is not its type, as
+    napoleon, which was here before, has it."""
+    lines[:] = [re.sub(r"(?<![\w`])(\w+)_(?!\w)", r"\1\_", line) for line in lines]
     taken = next((line for line in lines if line.startswith(":type: ")), None)
     if what == "attribute" and taken:
         lines.remove(taken)
@@ -46,4 +48,4 @@ def _whole_text_of_a_field(app, what, name, obj, options, lines):
 
 def setup(app):
     app.connect("sphinx-click-process-options", _escape_stars)
-    app.connect("autodoc-process-docstring", _whole_text_of_a_field, priority=600)
+    app.connect("autodoc-process-docstring", _plain_text, priority=600)

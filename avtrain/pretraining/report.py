@@ -71,7 +71,7 @@ def chance_of(name: str, lines: list[Line]) -> float | None:
     """What a figure would be for a model that knows nothing, as the run has recorded it.
 
     Args:
-        name: of a figure in metrics.jsonl, without `test_`.
+        name: of a figure in metrics.jsonl, without test_.
         lines: of metrics.jsonl.
 
     Returns:
