@@ -11,7 +11,7 @@ BIN     := $(VENV)/bin
 READY   := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test test-slow lint pretrain demo bench bench-gpu demo-report transfer-report esc-report \
+.PHONY: help install check test test-slow lint docs pretrain demo bench bench-gpu demo-report transfer-report esc-report \
         ablations clean
 
 help:  ## list the targets
@@ -36,6 +36,9 @@ test-slow: $(READY)  ## run the tests that take minutes
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(READY)  ## build these docs into docs/_build/html; warnings are errors
+	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build/html
 
 pretrain: $(READY)  ## prepare DATASET (demo) and pretrain PRESET (tiny) on it; run again to go on
 	$(BIN)/avprep build --dataset $(DATASET) --split all --out $(SHARDS) --workers $(WORKERS)

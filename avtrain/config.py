@@ -1,4 +1,4 @@
-"""Settings: typed, checked on construction, read from presets/*.toml and `--set section.field=value`."""
+"""Settings: typed, checked on construction, read from `presets/*.toml` and `--set section.field=value`."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Source:
     """One file with its labels, as a dataset lists it.
 
     Attributes:
-        key: unique in the split, of [A-Za-z0-9_-] only: safe as a member name in any tar.
+        key: unique in the split, of `[A-Za-z0-9_-]` only: safe as a member name in any tar.
         path: where the file is.
         name: the path relative to the raw folder, printable: what reports and samples call it.
         entry: what the dataset calls it, before that was made safe as a key.
