@@ -6,7 +6,7 @@ import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,7 +16,7 @@ from typing import Any
 
 from avprep import state
 from avprep.account import ShardDone, SplitReport, account_of, settle
-from avprep.cluster import run_ray
+from avprep.cluster import ray_cluster, run_ray, task_cores
 from avprep.datasets import DATASETS, list_split
 from avprep.datasets.folder import SPLIT_NAMES
 from avprep.datasets.source import Listing
@@ -28,6 +28,9 @@ from avprep.plan import ShardTask, shard_tasks, shuffled_rank
 from avprep.progress import Count
 from avprep.spec import ClipSpec
 from avprep.state import WHOLE, Part
+
+# Tasks -> what `make_shard` says of each, as they come.
+_Run = Callable[[list[ShardTask], Count], Generator[dict[str, Any], None, None]]
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,9 @@ def _make_shards(tasks: list[ShardTask], job: Job, options: BuildOptions) -> Ite
         return
     state.forget(job, [task.number for task in tasks])  # a marker must not vouch for another tar of the same size
     by_fingerprint, clips = {task.fingerprint: task for task in tasks}, 0
-    with Count(f"build {job.split}", "clip", sum(len(task.sources) for task in tasks)) as count, _run(
-            tasks, job, options, count) as results:
+    expected = sum(len(task.sources) for task in tasks)
+    with _executor(job, options) as run, Count(f"build {job.split}", "clip", expected) as count, closing(
+            run(tasks, count)) as results:
         for made in results:
             task = by_fingerprint[made["fingerprint"]]
             state.note_done(job, task, made)
@@ -154,19 +158,16 @@ def _make_shards(tasks: list[ShardTask], job: Job, options: BuildOptions) -> Ite
 
 
 @contextmanager
-def _run(tasks: list[ShardTask], job: Job, options: BuildOptions,
-         count: Count) -> Iterator[Generator[dict[str, Any], None, None]]:
-    """Hand the tasks to the executor: what `make_shard` says of each, as they come."""
+def _executor(job: Job, options: BuildOptions) -> Iterator[_Run]:
+    """Who makes the shards."""
     if options.executor == "local":
-        workers = options.workers or os.cpu_count() or 1
-        with closing(run_local(partial(make_shard, job=job), tasks, workers, count)) as results:
-            yield results
+        yield partial(run_local, partial(make_shard, job=job), workers=options.workers or os.cpu_count() or 1)
         return
     planner = Planner(versions(), job.folder / ".build" / f"planner-{uuid.uuid4().hex}")
     planner.token.touch()
     try:
-        make = partial(make_shard_elsewhere, job=job, planner=planner)
-        with closing(run_ray(make, tasks, options.workers, count, options.ray_address)) as results:
-            yield results
+        with ray_cluster(options.ray_address) as ray:
+            make = partial(make_shard_elsewhere, job=job, planner=planner)
+            yield partial(run_ray, ray, make, cores=task_cores(ray, options.workers))
     finally:
         planner.token.unlink(missing_ok=True)

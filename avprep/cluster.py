@@ -30,58 +30,54 @@ _CONNECT_S, _POLL_S, _TALLY_S = 10.0, 1.0, 5.0
 _ENVIRONMENT = {"env_vars": {"OPENBLAS_NUM_THREADS": "1"}}
 
 
-def run_ray(do: Callable[[Task, Crew, Count], Result], tasks: Sequence[Task], workers: int | None, count: Count,
-            address: str | None) -> Generator[Result, None, None]:
+def run_ray(ray: Any, do: Callable[[Task, Crew, Count], Result], tasks: Sequence[Task], count: Count,
+            cores: int) -> Generator[Result, None, None]:
     """All of a Ray cluster; `do` is called there, and nothing but tasks and results travels.
 
     Args:
+        ray: connected.
         do: makes a shard, with a crew of its own.
         tasks: the shards.
-        workers: cores that a task asks for; None: those of the smallest node, at most 4.
         count: shows the clips, wherever they are made.
-        address: of the cluster: `host:port`, `ray://host:port`, or `auto`; None: what RAY_ADDRESS says, or a cluster
-            that runs on this machine, or else one that is started here and ends with the run.
+        cores: that each task asks for.
 
     Raises:
-        AvprepError: ray is not installed, there is no cluster, no node has so many cores, or a task was lost too often.
+        AvprepError: a task was lost too often.
     """
-    with _cluster(address) as ray:
-        cores = _cores(ray, workers)
+    def work(number: int, task: Task, tally: Any) -> tuple[Result, tuple[int, int]]:
+        told = Count(tell=lambda done, expected: tally.tell.remote(number, done, expected))
+        with told, Crew(cores) as crew:
+            result = do(task, crew, told)
+        return result, (told.done, told.expected)
 
-        def work(number: int, task: Task, tally: Any) -> tuple[Result, tuple[int, int]]:
-            told = Count(tell=lambda done, expected: tally.tell.remote(number, done, expected))
-            with told, Crew(cores) as crew:
-                result = do(task, crew, told)
-            return result, (told.done, told.expected)
-
-        remote: Any = ray.remote(num_cpus=cores, max_retries=_ATTEMPTS, scheduling_strategy="SPREAD")(work)
-        tally: Any = ray.remote(num_cpus=0, max_restarts=-1)(_Tally).remote()
-        waiting = list(enumerate(tasks))[::-1]
-        under_way: dict[Any, int] = {}
-        clips: dict[int, tuple[int, int]] = {}  # by the task's number: done, and expected beyond the list
-        try:
-            while waiting or under_way:
-                slots = int(ray.cluster_resources().get("CPU", 0)) // cores
-                while waiting and len(under_way) < max(_FEWEST_TASKS, _TASKS_PER_SLOT * slots):
-                    number, task = waiting.pop()
-                    under_way[remote.remote(number, task, tally)] = number
-                ended, _ = ray.wait(list(under_way), timeout=_POLL_S)
-                before = _sum(clips)
-                with suppress(ray.exceptions.RayError):  # lost with its node; it comes back, and is only for the bar
-                    clips |= ray.get(tally.take.remote(), timeout=_TALLY_S)
-                results = []
-                for reference in ended:
-                    result, clips[under_way[reference]] = _result(ray, reference)
-                    del under_way[reference]
-                    results.append(result)
-                now = _sum(clips)
-                count.expect(now[1] - before[1])
-                count.at_least(now[0])
-                while results:  # whoever took a result decides whether it stays
-                    yield results.pop()
-        finally:
-            for reference in under_way:
-                ray.cancel(reference, force=True)
+    remote: Any = ray.remote(num_cpus=cores, max_retries=_ATTEMPTS, scheduling_strategy="SPREAD")(work)
+    tally: Any = ray.remote(num_cpus=0, max_restarts=-1)(_Tally).remote()
+    waiting = list(enumerate(tasks))[::-1]
+    under_way: dict[Any, int] = {}
+    clips: dict[int, tuple[int, int]] = {}  # by the task's number: done, and expected beyond the list
+    try:
+        while waiting or under_way:
+            slots = int(ray.cluster_resources().get("CPU", 0)) // cores
+            while waiting and len(under_way) < max(_FEWEST_TASKS, _TASKS_PER_SLOT * slots):
+                number, task = waiting.pop()
+                under_way[remote.remote(number, task, tally)] = number
+            ended, _ = ray.wait(list(under_way), timeout=_POLL_S)
+            before = _sum(clips)
+            with suppress(ray.exceptions.RayError):  # lost with its node; it comes back, and is only for the bar
+                clips |= ray.get(tally.take.remote(), timeout=_TALLY_S)
+            results = []
+            for reference in ended:
+                result, clips[under_way[reference]] = _result(ray, reference)
+                del under_way[reference]
+                results.append(result)
+            now = _sum(clips)
+            count.expect(now[1] - before[1])
+            count.at_least(now[0])
+            while results:  # whoever took a result decides whether it stays
+                yield results.pop()
+    finally:
+        for reference in under_way:
+            ray.cancel(reference, force=True)
 
 
 class _Tally:
@@ -122,8 +118,16 @@ def _result(ray: Any, reference: Any) -> Any:
 
 
 @contextmanager
-def _cluster(address: str | None) -> Iterator[Any]:
-    """Ray, connected."""
+def ray_cluster(address: str | None) -> Iterator[Any]:
+    """Ray, connected.
+
+    Args:
+        address: of the cluster: `host:port`, `ray://host:port`, or `auto`; None: what RAY_ADDRESS says, or a cluster
+            that runs on this machine, or else one that is started here and ends with the run.
+
+    Raises:
+        AvprepError: ray is not installed, or there is no cluster.
+    """
     try:
         import ray
     except ImportError as error:
@@ -168,8 +172,8 @@ def _check_listening(address: str | None) -> None:
         raise AvprepError(f"no Ray cluster at {address} (--ray-address): {error.strerror or error}") from error
 
 
-def _cores(ray: Any, workers: int | None) -> int:
-    """How many cores a task asks for.
+def task_cores(ray: Any, workers: int | None) -> int:
+    """How many cores each task asks for; where nobody says, those of the smallest node, at most 4.
 
     Raises:
         AvprepError: no node has so many.

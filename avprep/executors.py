@@ -1,4 +1,4 @@
-"""Shards made on this machine: (do, tasks, workers, count) -> results as they come. It knows nothing of video.
+"""Shards made on this machine: (do, tasks, count, workers) -> results as they come. It knows nothing of video.
 
 What a task reports of its own failure is a result like any other; what it raises ends the run. `cluster.py` does the
 same on Ray.
@@ -17,8 +17,8 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-def run_local(do: Callable[[Task, Crew, Count], Result], tasks: Sequence[Task], workers: int,
-              count: Count) -> Generator[Result, None, None]:
+def run_local(do: Callable[[Task, Crew, Count], Result], tasks: Sequence[Task], count: Count,
+              workers: int) -> Generator[Result, None, None]:
     """Threads of this process, one a shard; the `workers` of one crew make the clips of all shards under way."""
     # One more than workers: while each waits for the last clip of its shard, the next hands out work.
     with ThreadPoolExecutor(workers + 1) as pool, Crew(workers) as crew:
