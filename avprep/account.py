@@ -12,10 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from avprep import __version__
-from avprep.datasets.source import OTHER_FILE, Listing, Skipped, Source
+from avprep.datasets.source import OTHER_FILE, Listing, Skipped
 from avprep.manifest import CLIPS, CLIPS_SCHEMA, SOURCES, SOURCES_SCHEMA, entry_of, parquet_of, table_of
-from avprep.media import ffmpeg_version
 from avprep.shards import INDEX, write_whole
 from avprep.spec import FORMAT, FORMAT_VERSION, ClipSpec
 
@@ -65,8 +63,25 @@ def _seconds(clips: pa.Table) -> float:
     return float(pc.sum(pc.round(pc.subtract(clips["end_s"], clips["start_s"]), 4)).as_py() or 0.0)
 
 
-def settle(folder: Path, dataset: str, split: str, spec: ClipSpec, listing: Listing, sources: list[Source],
-           done: list[ShardDone]) -> SplitReport:
+def account_of(folder: Path, skipped: list[Skipped], done: list[ShardDone]) -> SplitReport:
+    """The account of some shards. `skipped`: what is not in them, beside files that another was taken for."""
+    outcomes = [outcome for shard in done for outcome in shard.sources]
+    skipped = [*skipped, *_left(outcomes)]
+    shards = [shard.shard for shard in done if shard.shard]
+    failed = Counter(outcome["failure"]["reason"] for outcome in outcomes if outcome["failure"])
+    return SplitReport(
+        folder, found=len(outcomes) + len(skipped), written=len(outcomes) - failed.total(),
+        skipped=Counter(entry.reason for entry in skipped), failed=failed,
+        other_lengths=sum("came_s" in outcome for outcome in outcomes), clips=_table(done).num_rows,
+        clips_s=_seconds(_table(done)), bytes=sum(shard["filesize"] for shard in shards), shards=len(shards))
+
+
+def _table(done: list[ShardDone]) -> pa.Table:
+    return pa.concat_tables([CLIPS_SCHEMA.empty_table(), *(shard.clips for shard in done)])
+
+
+def settle(folder: Path, dataset: str, split: str, spec: ClipSpec, listing: Listing,
+           done: list[ShardDone], versions: tuple[str, str]) -> SplitReport:
     """Write failures.jsonl, the two tables, and last the index: all that a reader needs to know of the shards.
 
     Args:
@@ -74,70 +89,63 @@ def settle(folder: Path, dataset: str, split: str, spec: ClipSpec, listing: List
         dataset: its name.
         split: its name.
         spec: of the clips.
-        listing: of the dataset.
-        sources: those that were tried.
+        listing: of the dataset; its sources play no part, the shards say what became of them.
         done: all shards, in order.
+        versions: of the avprep and the ffmpeg that made them.
     """
-    by_key = {source.key: source for source in sources}
     outcomes = [outcome for shard in done for outcome in shard.sources]
-    skipped = [*listing.skipped, *_left(by_key, outcomes)]
-    failures = [line for outcome in outcomes if (line := _failure(_taken(by_key, outcome), outcome))]
+    skipped = [*listing.skipped, *_left(outcomes)]
+    failures = [line for outcome in outcomes if (line := _failure(outcome))]
     failures.sort(key=lambda line: str(line["path"]))
-    clips = pa.concat_tables([CLIPS_SCHEMA.empty_table(), *(shard.clips for shard in done)])
-    rows = [*(_source_row(_taken(by_key, outcome), outcome) for outcome in outcomes),
+    clips = _table(done)
+    rows = [*map(_source_row, outcomes),
             *({"name": entry.name, "status": "skipped", "reason": entry.reason, "detail": entry.detail or None,
                "clips": 0} for entry in skipped)]
     rows.sort(key=lambda row: (row["name"], row.get("key") or ""))
-    shards = [shard.shard for shard in done if shard.shard]
-    report = SplitReport(
-        folder, found=len(rows), written=len(outcomes) - len(failures),
-        skipped=Counter(entry.reason for entry in skipped), failed=Counter(line["reason"] for line in failures),
-        other_lengths=sum("came_s" in outcome for outcome in outcomes), clips=clips.num_rows, clips_s=_seconds(clips),
-        bytes=sum(shard["filesize"] for shard in shards), shards=len(shards))
+    report = account_of(folder, listing.skipped, done)
     tables = {CLIPS: parquet_of(clips), SOURCES: parquet_of(table_of(rows, SOURCES_SCHEMA))}
     index = {
         "__kind__": "wids-shard-index-v1", "wids_version": 1,  # the layout of webdataset's shard index
         "name": f"{dataset}-{split}", "format": FORMAT, "format_version": FORMAT_VERSION,
         "dataset": dataset, "split": split, "spec": spec.to_json(), "classes": listing.classes,
         "multi_label": listing.multi_label, "counts": _counts(report, clips, len(listing.classes)),
-        "made_by": {"avprep": __version__, "ffmpeg": ffmpeg_version()},
+        "made_by": dict(zip(("avprep", "ffmpeg"), versions, strict=True)),
         "manifest": [entry_of(CLIPS, tables[CLIPS], clips.num_rows), entry_of(SOURCES, tables[SOURCES], len(rows))],
-        "shardlist": shards}
+        "shardlist": [shard.shard for shard in done if shard.shard]}
     _write(folder, {FAILURES: _lines(failures), **tables,
                     INDEX: (json.dumps(index, ensure_ascii=False, indent=1) + "\n").encode()})
     return report
 
 
-def _taken(by_key: dict[str, Source], outcome: dict[str, Any]) -> Source:
-    number: int = outcome["taken"]
-    return by_key[outcome["key"]].candidates[number]
+def _taken(outcome: dict[str, Any]) -> str:
+    """The name of the file that was taken for a source."""
+    return str(outcome["names"][outcome["taken"]])
 
 
-def _left(by_key: dict[str, Source], outcomes: list[dict[str, Any]]) -> Iterator[Skipped]:
+def _left(outcomes: list[dict[str, Any]]) -> Iterator[Skipped]:
     """A line for each file that might have been taken for some source and was for none."""
-    taken = {_taken(by_key, outcome).path for outcome in outcomes}
-    left: dict[Path, Skipped] = {}
-    for outcome in outcomes:
-        source = by_key[outcome["key"]]
-        for candidate, reason in zip(source.candidates, outcome["files"], strict=True):
-            if candidate.path not in taken:
+    several = [outcome for outcome in outcomes if len(outcome["names"]) > 1]
+    taken = set(map(_taken, outcomes)) if several else set()
+    left: dict[str, Skipped] = {}
+    for outcome in several:
+        for name, reason in zip(outcome["names"], outcome["files"], strict=True):
+            if name not in taken:
                 why = f"; this one: {reason}" if reason else ""
-                best = _taken(by_key, outcome).name
-                left[candidate.path] = Skipped(candidate.name, OTHER_FILE, f"{best} was taken{why}")
+                left[name] = Skipped(name, OTHER_FILE, f"{_taken(outcome)} was taken{why}")
     yield from left.values()
 
 
-def _failure(taken: Source, outcome: dict[str, Any]) -> dict[str, Any] | None:
+def _failure(outcome: dict[str, Any]) -> dict[str, Any] | None:
     """A line of failures.jsonl."""
     if outcome["failure"] is None:
         return None
-    return {"source": outcome["key"], "path": taken.name, **outcome["failure"],
+    return {"source": outcome["key"], "path": _taken(outcome), **outcome["failure"],
             "clips_written": outcome["clips_written"], "clips_failed": outcome["clips_failed"]}
 
 
-def _source_row(taken: Source, outcome: dict[str, Any]) -> dict[str, Any]:
+def _source_row(outcome: dict[str, Any]) -> dict[str, Any]:
     failure = outcome["failure"] or {}
-    return {"name": taken.name, "key": outcome["key"], "status": "failed" if failure else "written",
+    return {"name": _taken(outcome), "key": outcome["key"], "status": "failed" if failure else "written",
             "reason": failure.get("reason"), "detail": failure.get("detail") or None,
             "clips": outcome["clips_written"], "promised_s": outcome.get("promised_s"), "came_s": outcome.get("came_s")}
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
-import shutil
+import os
 import time
+import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -15,32 +14,47 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from avprep.account import ShardDone, SplitReport, settle
+from avprep import state
+from avprep.account import ShardDone, SplitReport, account_of, settle
+from avprep.cluster import ray_cluster, run_ray, task_cores
 from avprep.datasets import DATASETS, list_split
 from avprep.datasets.folder import SPLIT_NAMES
+from avprep.datasets.source import Listing
 from avprep.errors import AvprepError, NothingToBuild
-from avprep.executors import EXECUTORS
-from avprep.making import Job, make_shard
+from avprep.executors import run_local
+from avprep.making import Job, Planner, make_shard, make_shard_elsewhere, versions
+from avprep.parts import forget_parts, note_part
 from avprep.plan import ShardTask, shard_tasks, shuffled_rank
 from avprep.progress import Count
-from avprep.shards import INDEX, write_whole
 from avprep.spec import ClipSpec
+from avprep.state import WHOLE, Part
+
+# Tasks -> what `make_shard` says of each, as they come.
+_Run = Callable[[list[ShardTask], Count], Generator[dict[str, Any], None, None]]
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What `avprep build` was asked for. `limit`: at most so many sources a split; None: all."""
+    """What `avprep build` was asked for.
+
+    Attributes:
+        workers: clips made at the same time, on Ray by each shard's task; None: as many as there are cores.
+        limit: at most so many sources a split; None: all.
+        part: only this range of the shards, without index and tables; None: all of them.
+    """
 
     dataset: str
     raw: Path
     out: Path
     spec: ClipSpec
-    workers: int
+    workers: int | None
     shard_bytes: int
     timeout_s: float
     limit: int | None = None
     force: bool = False
     executor: str = "local"
+    ray_address: str | None = None
+    part: Part | None = None
 
 
 def check_raw(dataset: str, raw: Path) -> None:
@@ -79,7 +93,7 @@ def _did_you_mean(split: str, there: tuple[str, ...]) -> str:
 
 
 def build_split(options: BuildOptions, split: str) -> SplitReport:
-    """Build one split into `OUT/DATASET/SPLIT/`, doing only what an earlier run left undone.
+    """Build one split into `OUT/DATASET/SPLIT/`, or a part of it, doing only what an earlier run left undone.
 
     Raises:
         NothingToBuild: there is not one file to try.
@@ -93,93 +107,67 @@ def build_split(options: BuildOptions, split: str) -> SplitReport:
         looked = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "the folder holds none"
         raise NothingToBuild(f"no media files of {options.dataset} {split} in {options.raw} ({looked}). "
                              f"Lay them out: {DATASETS[options.dataset].layout}")
-    job = Job((options.out / options.dataset / split).absolute(), options.dataset, split, options.spec,
-              options.timeout_s)
-    state = job.folder / ".build"
-    with _only_builder(state):
-        if options.force:
-            for path in [job.folder / INDEX, *state.glob(f"{split}-*.json")]:
-                path.unlink(missing_ok=True)
+    folder, part = (options.out / options.dataset / split).absolute(), options.part or WHOLE
+    job = Job(folder, state.scratch_of(folder, part), options.dataset, split, options.spec, options.timeout_s)
+    with state.only_builder(folder, part):
         tasks = shard_tasks(listed, options.spec, options.dataset, split, options.shard_bytes)
-        done = {task.number: shard for task in tasks if (shard := _if_done(job, task))}
-        todo = [task for task in tasks if task.number not in done]
+        own = [tasks[number] for number in part.within(len(tasks))]
+        state.remove_left_over(job, part, len(tasks))
+        if options.force:
+            state.forget(job, [task.number for task in own])
+        done = {task.number: shard for task in own if (shard := state.if_done(job, task.number, task.fingerprint))}
+        todo = [task for task in own if task.number not in done]
+        if todo:
+            forget_parts(folder, options.part)
         for task, shard in _make_shards(todo, job, options):
             done[task.number] = shard
-        _remove_stale(job, done)
-        report = settle(job.folder, options.dataset, split, options.spec, listing, listed,
-                        [done[task.number] for task in tasks])
+        state.remove_left_over(job, part, len(tasks))  # of workers that were lost
+        state.remove_stale(job, done, part, len(tasks))
+        report = _conclude(job, options, listing, tasks, [done[task.number] for task in own])
     report.folder = options.out / options.dataset / split
     report.new_clips_s = sum(done[task.number].clips_s for task in todo)
     report.elapsed_s = time.monotonic() - started
     return report
 
 
-@contextmanager
-def _only_builder(state: Path) -> Iterator[None]:
-    """Hold the folder's lock; the system releases it however this process ends."""
-    state.mkdir(parents=True, exist_ok=True)
-    with (state / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise AvprepError(f"another avprep build is writing to {state.parent}: wait for it, or stop it") from error
-        shutil.rmtree(state / "scratch", ignore_errors=True)
-        (state / "scratch").mkdir()
-        for part in [*state.glob("*.part"), *state.parent.glob("*.part")]:
-            part.unlink()
-        yield
-        shutil.rmtree(state / "scratch")
+def _conclude(job: Job, options: BuildOptions, listing: Listing, tasks: list[ShardTask],
+              done: list[ShardDone]) -> SplitReport:
+    """Write what is written last: the index; of a part, what `merge` needs to know of it."""
+    if options.part is None:
+        forget_parts(job.folder)
+        return settle(job.folder, job.dataset, job.split, job.spec, listing, done, versions())
+    note_part(job, options.part, {"shard_bytes": options.shard_bytes, "limit": options.limit}, listing, tasks)
+    return account_of(job.folder, [], done)
 
 
 def _make_shards(tasks: list[ShardTask], job: Job, options: BuildOptions) -> Iterator[tuple[ShardTask, ShardDone]]:
     """Make shards, and write a marker after each; as they come."""
     if not tasks:
         return
-    (job.folder / INDEX).unlink(missing_ok=True)  # it would not fit the shards for a while
-    for task in tasks:
-        _marker(job, task.number).unlink(missing_ok=True)  # it must not vouch for another tar of the same size
-    by_fingerprint = {task.fingerprint: task for task in tasks}
-    make, clips = partial(make_shard, job=job), 0
-    with Count(f"build {job.split}", "clip", sum(len(task.sources) for task in tasks)) as count, closing(
-            EXECUTORS[options.executor](make, tasks, options.workers, count)) as results:
+    state.forget(job, [task.number for task in tasks])  # a marker must not vouch for another tar of the same size
+    by_fingerprint, clips = {task.fingerprint: task for task in tasks}, 0
+    expected = sum(len(task.sources) for task in tasks)
+    with _executor(job, options) as run, Count(f"build {job.split}", "clip", expected) as count, closing(
+            run(tasks, count)) as results:
         for made in results:
             task = by_fingerprint[made["fingerprint"]]
-            write_whole(_marker(job, task.number), json.dumps(made).encode())
+            state.note_done(job, task, made)
             clips += sum(source["clips_written"] + source["clips_failed"] for source in made["sources"])
             count.at_least(clips)
             yield task, ShardDone.from_json(made)
 
 
-def _marker(job: Job, number: int) -> Path:
-    return job.folder / ".build" / f"{job.split}-{number:06d}.json"
-
-
-def _if_done(job: Job, task: ShardTask) -> ShardDone | None:
-    """What the marker says that is written after a shard, if it is of this very task and the shard is still there."""
+@contextmanager
+def _executor(job: Job, options: BuildOptions) -> Iterator[_Run]:
+    """Who makes the shards."""
+    if options.executor == "local":
+        yield partial(run_local, partial(make_shard, job=job), workers=options.workers or os.cpu_count() or 1)
+        return
+    planner = Planner(versions(), job.folder / ".build" / f"planner-{uuid.uuid4().hex}")
+    planner.token.touch()
     try:
-        made: dict[str, Any] = json.loads(_marker(job, task.number).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if made.get("fingerprint") != task.fingerprint:
-        return None
-    done = ShardDone.from_json(made)
-    path = job.folder / done.shard["url"] if done.shard else None
-    if done.shard and path and not (path.is_file() and path.stat().st_size == done.shard["filesize"]):
-        return None
-    return done
-
-
-def _remove_stale(job: Job, done: dict[int, ShardDone]) -> None:
-    """Remove tars and markers that are not of this build: whoever globs would read them along. And what earlier
-    versions left.
-
-    Goes by what is on disk: `--force` deletes the markers first, and a shard all of whose clips fail has no tar now.
-    """
-    kept = {_marker(job, number) for number in done}
-    kept |= {job.folder / shard.shard["url"] for shard in done.values() if shard.shard}
-    state = job.folder / ".build"
-    for path in [*job.folder.glob(f"{job.split}-[0-9]*.tar"), *state.glob(f"{job.split}-[0-9]*.json")]:
-        if path not in kept:
-            path.unlink()
-    for path in (state / "probes.jsonl", job.folder / "skipped.jsonl", job.folder / "remarks.jsonl"):
-        path.unlink(missing_ok=True)
+        with ray_cluster(options.ray_address) as ray:
+            make = partial(make_shard_elsewhere, job=job, planner=planner)
+            yield partial(run_ray, ray, make, cores=task_cores(ray, options.workers))
+    finally:
+        planner.token.unlink(missing_ok=True)

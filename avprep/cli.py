@@ -70,9 +70,12 @@ def _known_dataset(context: click.Context, param: click.Parameter, value: str) -
 @click.option("--raw", type=click.Path(path_type=Path), help="Folder of raw files.  [default: data/DATASET]")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("shards"),
               help="Shards go to OUT/DATASET/SPLIT.")
-@click.option("--workers", type=click.IntRange(1), default=os.cpu_count() or 1, show_default="all cores",
-              help="Clips made at the same time.")
+@click.option("--workers", type=click.IntRange(1), show_default="all cores",
+              help="Clips made at the same time; with Ray, by each of its tasks (a task makes a shard).")
 @click.option("--executor", type=click.Choice(["local", "ray"]), default="local", help="Where clips are made.")
+@click.option("--ray-address", metavar="ADDRESS", show_default="RAY_ADDRESS, or one on this machine",
+              help="The Ray cluster: HOST:PORT, ray://HOST:PORT, or auto.")
+@click.option("--part", metavar="I/N", help="Make the I-th of N ranges of the shards only; then `avprep merge`.")
 @click.option("--limit", type=click.IntRange(1), help="At most so many source files a split.")
 @click.option("--force", is_flag=True, help="Build anew what is already there.")
 @click.option("--shard-mb", type=click.FloatRange(0.001), default=256.0, help="Size of a shard, about.")
@@ -82,22 +85,26 @@ def _known_dataset(context: click.Context, param: click.Parameter, value: str) -
 @click.option("--segment-frames", type=int, default=_SPEC.segment_frames, help="Frames of a segment.")
 @click.option("--short-side", type=int, default=_SPEC.short_side, help="Pixels; smaller pictures stay.")
 @click.option("--crf", type=int, default=_SPEC.crf, help="H.264 quality, 0 (lossless) to 51.")
-def build(split: str, dataset: str, raw: Path | None, out: Path, workers: int, executor: str, limit: int | None,
-          force: bool, shard_mb: float, timeout: float, **spec: int) -> None:
+def build(split: str, dataset: str, raw: Path | None, out: Path, workers: int | None, executor: str,
+          ray_address: str | None, part: str | None, limit: int | None, force: bool, shard_mb: float, timeout: float,
+          **spec: int) -> None:
     """Turn a dataset's raw files into shards; run again to go on after an interruption."""
     from avprep.build import BuildOptions, build_split, check_raw, choose_splits
+    from avprep.state import read_part
 
     for name, value in (("--shard-mb", shard_mb), ("--timeout", timeout)):
         if not math.isfinite(value):
             raise AvprepError(f"{name} {value}: a number is wanted")
+    if ray_address is not None and executor != "ray":
+        raise AvprepError("--ray-address is for --executor ray")
     raw = raw or Path("data") / dataset
     options = BuildOptions(dataset, raw, out, ClipSpec(**spec), workers, int(shard_mb * 1e6), timeout, limit, force,
-                           executor)
+                           executor, ray_address, read_part(part) if part else None)
     if dataset == "demo" and not raw.exists():
         from avprep.demo import make_demo
 
         click.echo(f"making the demo dataset in {raw}")
-        make_demo(raw, workers, _DEMO_VIDEOS)
+        make_demo(raw, workers or os.cpu_count() or 1, _DEMO_VIDEOS)
     check_raw(dataset, raw)
     clips = 0
     splits = choose_splits(dataset, raw, split)
@@ -110,12 +117,17 @@ def build(split: str, dataset: str, raw: Path | None, out: Path, workers: int, e
             click.echo(f"{dataset} {name}: {nothing}", err=True)
             continue
         clips += report.clips
-        _print_report(f"{dataset} {name}", report)
-    if clips == 0:
+        _print_report(f"{dataset} {name}" + (f", part {part}" if part else ""), report)
+        if part:
+            click.echo(f"  when all parts are done: avprep merge {out}")
+        else:
+            _print_files(report)
+    if clips == 0 and part is None:  # a part may well have no shard
         raise click.ClickException("not one clip could be written: see what is said above, and failures.jsonl")
 
 
-def _print_report(title: str, report: SplitReport) -> None:
+def _print_report(title: str, report: SplitReport, built: bool = True) -> None:
+    """What became of a split. `built`: not merged, so it may say how long that took."""
     def by_reason(counts: dict[str, int]) -> str:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
         return f"{sum(counts.values())}" + (f" ({reasons})" if reasons else "")
@@ -126,13 +138,35 @@ def _print_report(title: str, report: SplitReport) -> None:
                f"shards")
     if report.new_clips_s:
         click.echo(f"  {report.elapsed_s:.1f} s: {report.new_clips_s / report.elapsed_s:.0f} seconds of video a second")
-    else:
+    elif built:
         click.echo("  all shards were there already (--force builds anew)")
     if report.other_lengths:
         click.echo(f"  {report.other_lengths} of them not as long as their headers say: used as long as they are")
+
+
+def _print_files(report: SplitReport) -> None:
+    """Where the account of a split lies."""
     accounts = [name for name, counts in (("failures.jsonl", report.failed),
                                           ("sources.parquet", report.skipped or report.other_lengths)) if counts]
     click.echo(", ".join([f"  {report.folder}/index.json", *(f"{report.folder}/{name}" for name in accounts)]))
+
+
+@main.command()
+@click.argument("outs", metavar="OUT...", nargs=-1, required=True,
+                type=click.Path(path_type=Path, file_okay=False, exists=True))
+def merge(outs: tuple[Path, ...]) -> None:
+    """Make one build of the parts of `avprep build --part`: write index and tables, as an undivided build does.
+
+    Where the parts lie in several folders, the shards of all go into the first, as links or copies.
+    """
+    from avprep.parts import find_parts
+    from avprep.parts import merge as merge_parts
+
+    for records in find_parts(outs):
+        report = merge_parts(records, outs[0])
+        _print_report(f"{records[0].settings['dataset']} {records[0].settings['split']}, {len(records)} parts", report,
+                      built=False)
+        _print_files(report)
 
 
 @main.command()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import closing
+import os
+import shutil
+import tempfile
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from avprep import __version__
 from avprep.clips import Clip, Window, make_clip, windows
 from avprep.crew import Crew
-from avprep.errors import Reason, SourceFailed
+from avprep.errors import AvprepError, Reason, SourceFailed
 from avprep.manifest import clip_row
+from avprep.media import ffmpeg_version
 from avprep.plan import ShardTask, shuffled_rank
 from avprep.probe import SAME_LENGTH_S, Media
 from avprep.probing import Probed, probe_source
@@ -23,9 +28,11 @@ from avprep.spec import ClipSpec
 
 @dataclass(frozen=True)
 class Job:
-    """What the shards of a split have in common. `folder`: where they go, absolute."""
+    """What the shards of a split have in common. `folder`: where they go, `scratch`: where temporary files go; both
+    absolute."""
 
     folder: Path
+    scratch: Path
     dataset: str
     split: str
     spec: ClipSpec
@@ -34,6 +41,23 @@ class Job:
     def shard(self, number: int) -> str:
         """The name of a shard."""
         return f"{self.split}-{number:06d}.tar"
+
+    @contextmanager
+    def scratch_for(self, number: int) -> Iterator[Path]:
+        """A folder for one attempt at a shard: a node given up for lost may still be at another."""
+        folder = Path(tempfile.mkdtemp(prefix=f"{number:06d}-", dir=self.scratch))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """What a worker on another machine compares itself with. `token`: a file that the planner just wrote."""
+
+    versions: tuple[str, str]
+    token: Path
 
 
 @dataclass
@@ -49,6 +73,7 @@ class _Outcome:
         failure = media if isinstance(media, SourceFailed) else next(iter(self.failures), None) or _broken_off(media)
         result = {
             "key": self.probed.source.key, "taken": self.probed.number,
+            "names": [candidate.name for candidate in self.probed.source.candidates],
             "files": [found.reason.value if isinstance(found, SourceFailed) else None for found in self.probed.found],
             "failure": reason_of(failure) if failure else None,
             "clips_written": self.written, "clips_failed": len(self.failures)}
@@ -81,8 +106,8 @@ def make_shard(task: ShardTask, crew: Crew, count: Count, job: Job) -> dict[str,
     rows: list[dict[str, Any]] = []
     url, shard = job.shard(task.number), None
     todo = _windows(task, crew, count, job.spec, outcomes)
-    made = crew.make(partial(_make, job=job), todo)
-    with closing(todo), closing(made), ShardWriter(job.folder / url) as writer:
+    with job.scratch_for(task.number) as scratch, closing(todo), closing(
+            crew.make(partial(_make, job=job, scratch=scratch), todo)) as made, ShardWriter(job.folder / url) as writer:
         for key, result in made:
             if isinstance(result, SourceFailed):
                 outcomes[key].failures.append(result)
@@ -94,6 +119,31 @@ def make_shard(task: ShardTask, crew: Crew, count: Count, job: Job) -> dict[str,
             shard = writer.finish()
     return {"fingerprint": task.fingerprint, "shard": shard, "clips": rows,
             "sources": [outcome.to_json() for outcome in outcomes.values()]}
+
+
+def make_shard_elsewhere(task: ShardTask, crew: Crew, count: Count, job: Job, planner: Planner) -> dict[str, Any]:
+    """`make_shard` on another machine than the planner's, if it sees the same files and has the same programs.
+
+    Raises:
+        AvprepError: it does not.
+    """
+    here = os.uname().nodename
+    if versions() != planner.versions:
+        raise AvprepError("{} has avprep {} and ffmpeg {}, this machine {} and {}: shards would differ; install the "
+                          "same".format(here, *versions(), *planner.versions))
+    if not planner.token.exists():
+        raise AvprepError(f"{here} does not see {job.folder} as this machine does: --out must lie on a file system "
+                          "that all nodes share")
+    paths = [candidate.path for source in task.sources for candidate in source.candidates]
+    if not any(path.exists() for path in paths):
+        raise AvprepError(f"{here} sees none of the {len(paths)} files of a shard, such as {paths[0]}: --raw must lie "
+                          "on a file system that all nodes share")
+    return make_shard(task, crew, count, job)
+
+
+def versions() -> tuple[str, str]:
+    """Of avprep and ffmpeg, as they are here."""
+    return __version__, ffmpeg_version()
 
 
 def _windows(task: ShardTask, crew: Crew, count: Count, spec: ClipSpec,
@@ -115,10 +165,10 @@ def _windows_of(outcome: _Outcome, spec: ClipSpec) -> list[Window]:
         return []
 
 
-def _make(window: Window, job: Job) -> tuple[str, Clip | SourceFailed]:
+def _make(window: Window, job: Job, scratch: Path) -> tuple[str, Clip | SourceFailed]:
     # Not the key itself: on a file system that takes A for a, two keys may be one name.
-    scratch = job.folder / ".build" / "scratch" / f"{shuffled_rank(window.key).hex()}.mp4"
+    path = scratch / f"{shuffled_rank(window.key).hex()}.mp4"
     try:
-        return window.source.key, make_clip(window, job.spec, job.dataset, job.split, scratch, job.timeout_s)
+        return window.source.key, make_clip(window, job.spec, job.dataset, job.split, path, job.timeout_s)
     except SourceFailed as failure:
         return window.source.key, failure

@@ -88,3 +88,14 @@ def _fingerprint(group: list[tuple[Source, list[FileState]]], spec: ClipSpec, da
             for candidate, state in zip(source.candidates, states, strict=True)]]
         for source, states in group]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def plan_digest(tasks: Iterable[ShardTask]) -> str:
+    """Of what shares a shard, and under which names and labels; the same on every machine that sees the same files."""
+    digest = hashlib.sha256()
+    for task in tasks:
+        for source in task.sources:
+            names = [candidate.name for candidate in source.candidates]
+            digest.update(repr((task.number, source.key, names, source.labels, source.moment_s, source.label_times_s))
+                          .encode())
+    return digest.hexdigest()

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import tarfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,13 +24,14 @@ INDEX = "index.json"
 class ShardWriter:
     """Writes one tar beside its final name and renames it when it is complete.
 
-    A context manager: left without `finish()`, it removes what it wrote.
+    A context manager: left without `finish()`, it removes what it wrote. Two that write the same shard, as a worker
+    given up for lost and the one in its place may, don't meet.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.samples = 0
-        self._part = path.with_name(path.name + ".part")
+        self._part = _part_of(path)
         self._file = _HashingFile(self._part)
         self._tar: Any = None
 
@@ -96,6 +98,34 @@ class _HashingFile:
         os.fsync(self.file.fileno())
         self.file.close()
         return self._size, self._digest.hexdigest()
+
+
+def _part_of(path: Path) -> Path:
+    """Where a file is written first, beside its final place; no two are the same."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
+
+
+def bring_whole(source: Path, target: Path, sha256: str) -> None:
+    """Put a finished shard under another name: a hard link, or a copy where that can't be.
+
+    Raises:
+        AvprepError: what was copied has another checksum.
+    """
+    if target.exists() and target.samefile(source):
+        return
+    part = _part_of(target)
+    try:
+        part.hardlink_to(source)
+    except OSError:  # another file system, or one without links
+        copy = _HashingFile(part)
+        with source.open("rb") as file:
+            while block := file.read(1 << 20):
+                copy.write(block)
+        if copy.finish()[1] != sha256:
+            part.unlink()
+            raise AvprepError(f"{source} is damaged (checksum): build its part again with --force") from None
+    os.replace(part, target)
+    _sync_folder(target.parent)
 
 
 def write_whole(path: Path, content: bytes) -> None:

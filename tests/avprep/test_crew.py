@@ -45,7 +45,7 @@ class Busy:
 @pytest.mark.parametrize("shards", [1, 5])
 def test_all_workers_share_the_clips_of_the_shards_under_way(shards):
     busy = Busy()
-    made = list(run_local(busy.shard, range(shards), 4, Count()))
+    made = list(run_local(busy.shard, range(shards), Count(), 4))
     assert sorted(made) == [[f"{shard} {number}" for number in range(30)] for shard in range(shards)]
     assert busy.most_at_once == 4
     assert busy.most_not_taken <= 4 * 4 + 5  # what a shard took, it may be about to count
@@ -65,7 +65,7 @@ def test_a_shard_hands_out_its_work_before_the_next_begins():
         with closing(items()) as todo:
             return list(crew.make(lambda item: time.sleep(0.005), todo))
 
-    list(run_local(shard, range(4), 2, Count()))
+    list(run_local(shard, range(4), Count(), 2))
     assert len(order) == 20 and all(len(set(order[first:first + 5])) == 1 for first in range(0, 20, 5))
 
 
@@ -88,7 +88,7 @@ def test_a_shard_that_fails_ends_all_of_them():
             return list(made)
 
     with pytest.raises(OSError, match="disk is full"):
-        list(run_local(shard, range(1000), 2, Count()))
+        list(run_local(shard, range(1000), Count(), 2))
     assert len(begun) < 50
 
 
@@ -97,7 +97,7 @@ def test_results_are_not_kept():
         pass
 
     alive = []
-    for result in run_local(lambda task, crew, count: Result(), range(20), 1, Count()):
+    for result in run_local(lambda task, crew, count: Result(), range(20), Count(), 1):
         alive.append(weakref.ref(result))
         del result
         time.sleep(0.01)

@@ -222,9 +222,7 @@ def test_attention_under_autocast_is_the_formulas(present: str) -> None:
         assert (ours.grad.double() - theirs.grad).norm() < 0.01 * theirs.grad.norm()
 
 
-
 @pytest.mark.seconds
->>>>>>> c2e1249 (make check: lint, types and the fast tests; fewer demo builds; the stream of a shard that failed is closed)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, from inside its compiler
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
