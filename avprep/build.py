@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -22,11 +23,12 @@ from avprep.datasets.folder import SPLIT_NAMES
 from avprep.datasets.source import Listing
 from avprep.errors import AvprepError, NothingToBuild
 from avprep.executors import run_local
+from avprep.finished import digest_of, if_finished, note_finished
 from avprep.making import Job, Planner, make_shard, make_shard_elsewhere, versions
 from avprep.parts import forget_parts, note_part
-from avprep.plan import ShardTask, shard_tasks, shuffled_rank
+from avprep.plan import ShardTask, shard_tasks
 from avprep.progress import Count
-from avprep.spec import ClipSpec
+from avprep.spec import FORMAT_VERSION, ClipSpec
 from avprep.state import WHOLE, Part
 
 # Tasks -> what `make_shard` says of each, as they come.
@@ -92,6 +94,36 @@ def _did_you_mean(split: str, there: tuple[str, ...]) -> str:
     return f" (did you mean {nearest[0]}?)" if nearest else ""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a split lists, and the shards it is made into."""
+
+    listing: Listing
+    tasks: list[ShardTask]
+
+
+def plan_split(options: BuildOptions, split: str) -> Plan:
+    """List a split, and group its sources into shards.
+
+    Raises:
+        NothingToBuild: there is not one file to try.
+        AvprepError: a list is missing or not of its kind.
+    """
+    gc.disable()  # it would walk millions of tuples again and again, and find no circle
+    try:
+        listing = list_split(options.dataset, options.raw.absolute(), split)
+        if not listing.sources:
+            skipped = Counter(entry.reason for entry in listing.skipped)
+            looked = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "the folder holds none"
+            raise NothingToBuild(f"no media files of {options.dataset} {split} in {options.raw} ({looked}). "
+                                 f"Lay them out: {DATASETS[options.dataset].layout}")
+        tasks = shard_tasks(listing.sources, options.spec, options.dataset, split, options.shard_bytes, options.limit)
+        listing.sources = []
+        return Plan(listing, tasks)
+    finally:
+        gc.enable()
+
+
 def build_split(options: BuildOptions, split: str) -> SplitReport:
     """Build one split into `OUT/DATASET/SPLIT/`, or a part of it, doing only what an earlier run left undone.
 
@@ -100,43 +132,54 @@ def build_split(options: BuildOptions, split: str) -> SplitReport:
         AvprepError: a list is missing or not of its kind, or the folder is in use by another build.
     """
     started = time.monotonic()
-    listing = list_split(options.dataset, options.raw.absolute(), split)
-    listed = sorted(listing.sources, key=lambda source: shuffled_rank(source.key))[: options.limit]
-    if not listed:
-        skipped = Counter(entry.reason for entry in listing.skipped)
-        looked = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "the folder holds none"
-        raise NothingToBuild(f"no media files of {options.dataset} {split} in {options.raw} ({looked}). "
-                             f"Lay them out: {DATASETS[options.dataset].layout}")
     folder, part = (options.out / options.dataset / split).absolute(), options.part or WHOLE
-    job = Job(folder, state.scratch_of(folder, part), options.dataset, split, options.spec, options.timeout_s)
-    with state.only_builder(folder, part):
-        tasks = shard_tasks(listed, options.spec, options.dataset, split, options.shard_bytes)
-        own = [tasks[number] for number in part.within(len(tasks))]
-        state.remove_left_over(job, part, len(tasks))
-        if options.force:
-            state.forget(job, [task.number for task in own])
-        done = {task.number: shard for task in own if (shard := state.if_done(job, task.number, task.fingerprint))}
-        todo = [task for task in own if task.number not in done]
-        if todo:
-            forget_parts(folder, options.part)
-        for task, shard in _make_shards(todo, job, options):
-            done[task.number] = shard
-        state.remove_left_over(job, part, len(tasks))  # of workers that were lost
-        state.remove_stale(job, done, part, len(tasks))
-        report = _conclude(job, options, listing, tasks, [done[task.number] for task in own])
+    raw = digest_of(options.raw.absolute()) if options.part is None else ""
+    settings = _settings(options, split)
+    report = None if options.force or options.part else if_finished(folder, settings, raw)
+    if report is None:
+        job = Job(folder, state.scratch_of(folder, part), options.dataset, split, options.spec, options.timeout_s)
+        plan = plan_split(options, split)
+        with state.only_builder(folder, part):
+            report = _build(job, options, part, plan)
+            if options.part is None:
+                note_finished(folder, settings, raw, report)
     report.folder = options.out / options.dataset / split
-    report.new_clips_s = sum(done[task.number].clips_s for task in todo)
     report.elapsed_s = time.monotonic() - started
     return report
 
 
-def _conclude(job: Job, options: BuildOptions, listing: Listing, tasks: list[ShardTask],
-              done: list[ShardDone]) -> SplitReport:
+def _settings(options: BuildOptions, split: str) -> dict[str, Any]:
+    """All that decides the bytes of a build, beside the raw files."""
+    avprep, ffmpeg = versions()
+    return {"dataset": options.dataset, "split": split, "format": FORMAT_VERSION, "avprep": avprep, "ffmpeg": ffmpeg,
+            "shard_bytes": options.shard_bytes, "limit": options.limit, **asdict(options.spec)}
+
+
+def _build(job: Job, options: BuildOptions, part: Part, plan: Plan) -> SplitReport:
+    count = len(plan.tasks)
+    own = [plan.tasks[number] for number in part.within(count)]
+    state.remove_left_over(job, part, count)
+    if options.force:
+        state.forget(job, [task.number for task in own])
+    done = {task.number: shard for task in own if (shard := state.if_done(job, task.number, task.fingerprint))}
+    todo = [task for task in own if task.number not in done]
+    if todo:
+        forget_parts(job.folder, options.part)
+    for task, shard in _make_shards(todo, job, options):
+        done[task.number] = shard
+    state.remove_left_over(job, part, count)  # of workers that were lost
+    state.remove_stale(job, done, part, count)
+    report = _conclude(job, options, plan, [done[task.number] for task in own])
+    report.new_clips_s = sum(done[task.number].clips_s for task in todo)
+    return report
+
+
+def _conclude(job: Job, options: BuildOptions, plan: Plan, done: list[ShardDone]) -> SplitReport:
     """Write what is written last: the index; of a part, what `merge` needs to know of it."""
     if options.part is None:
         forget_parts(job.folder)
-        return settle(job.folder, job.dataset, job.split, job.spec, listing, done, versions())
-    note_part(job, options.part, {"shard_bytes": options.shard_bytes, "limit": options.limit}, listing, tasks)
+        return settle(job.folder, job.dataset, job.split, job.spec, plan.listing, done, versions())
+    note_part(job, options.part, _settings(options, job.split), plan.listing, plan.tasks)
     return account_of(job.folder, [], done)
 
 

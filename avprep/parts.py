@@ -12,10 +12,10 @@ from avprep import state
 from avprep.account import ShardDone, SplitReport, settle
 from avprep.datasets.source import Listing, Skipped
 from avprep.errors import AvprepError
-from avprep.making import Job, versions
+from avprep.making import Job
 from avprep.plan import ShardTask, plan_digest
 from avprep.shards import INDEX, bring_whole, write_whole
-from avprep.spec import FORMAT_VERSION, ClipSpec
+from avprep.spec import ClipSpec
 from avprep.state import WHOLE, Part
 
 _RECORDS = "part-*-of-*.json"
@@ -47,13 +47,11 @@ class PartRecord:
         return f"part {self.part} in {self.folder}"
 
 
-def note_part(job: Job, part: Part, options: dict[str, Any], listing: Listing, tasks: list[ShardTask]) -> None:
-    """Write the record of a part, after its last shard. `options`: what decides the shards, beside the spec."""
-    avprep, ffmpeg = versions()
+def note_part(job: Job, part: Part, settings: dict[str, Any], listing: Listing, tasks: list[ShardTask]) -> None:
+    """Write the record of a part, after its last shard. `settings`: all that decides what is built."""
     record = {"part": [part.number, part.of], "shards": len(tasks), "plan": plan_digest(tasks),
               "made": [tasks[number].fingerprint for number in part.within(len(tasks))],
-              "settings": {"dataset": job.dataset, "split": job.split, "format": FORMAT_VERSION, "avprep": avprep,
-                           "ffmpeg": ffmpeg, **options, **asdict(job.spec)},
+              "settings": settings,
               "classes": listing.classes, "multi_label": listing.multi_label,
               "skipped": [[entry.name, entry.reason, entry.detail] for entry in listing.skipped]}
     write_whole(_path(job.folder, part), json.dumps(record).encode())

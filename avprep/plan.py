@@ -6,9 +6,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 from avprep import __version__
 from avprep.datasets.source import Source
@@ -21,6 +22,7 @@ _TAR_BYTES_PER_CLIP = 4_000
 # A file tells its size, not its length: taken for a video of Kinetics' size and rate. Films in high resolution give
 # smaller shards than asked for, speech at a few kilobytes a second gives larger ones.
 _FILE_BYTES_PER_S = 60_000
+_READ = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,7 @@ class ShardTask:
     fingerprint: str
 
 
-@dataclass(frozen=True)
-class FileState:
+class FileState(NamedTuple):
     """What the file system says of a file: size in bytes (-1: it is not there), date in ns, whether it may be read."""
 
     size_bytes: int
@@ -47,47 +48,58 @@ def shuffled_rank(key: str) -> bytes:
 
 
 def shard_tasks(sources: Iterable[Source], spec: ClipSpec, dataset: str, split: str,
-                shard_bytes: int) -> list[ShardTask]:
-    """Group the sources, in shuffled order, into shards of about `shard_bytes`: all clips of a source in one."""
-    groups: list[list[tuple[Source, list[FileState]]]] = []
+                shard_bytes: int, limit: int | None = None) -> list[ShardTask]:
+    """Group the sources, in shuffled order, into shards of about `shard_bytes`: all clips of a source in one.
+
+    `limit`: no more than so many sources.
+    """
+    common = json.dumps([FORMAT_VERSION, __version__, ffmpeg_version(), spec.to_json(), dataset, split])
+    bytes_per_s, clip_s = _bytes_per_s(spec), spec.clip_s
+    tasks: list[ShardTask] = []
+    group: list[Source] = []
+    states: list[list[FileState]] = []
     room = 0.0
-    for source in sorted(sources, key=lambda source: shuffled_rank(source.key)):
-        states = [_state_of(candidate.path) for candidate in source.candidates]
-        size = _expected_bytes(source, max(state.size_bytes for state in states), spec)
-        if size > room or not groups:
-            groups.append([])
-            room = shard_bytes
-        groups[-1].append((source, states))
+    for source in sorted(sources, key=lambda source: shuffled_rank(source.key))[:limit]:
+        found = [_state_of(source), *map(_state_of, source.others)] if source.others else [_state_of(source)]
+        size = _expected_bytes(source, max(found)[0], clip_s, bytes_per_s)
+        if size > room:
+            if group:
+                tasks.append(ShardTask(len(tasks), tuple(group), _fingerprint(group, states, common)))
+            group, states, room = [], [], float(shard_bytes)
+        group.append(source)
+        states.append(found)
         room -= size
-    return [ShardTask(number, tuple(source for source, _ in group), _fingerprint(group, spec, dataset, split))
-            for number, group in enumerate(groups)]
+    if group:
+        tasks.append(ShardTask(len(tasks), tuple(group), _fingerprint(group, states, common)))
+    return tasks
 
 
-def _state_of(path: Path) -> FileState:
+def _state_of(source: Source) -> FileState:
+    path = f"{source.raw}/{source.place}"
     try:
-        status = path.stat()
+        status = os.stat(path)
     except OSError:  # it is gone, or a link to nothing: its worker says so
         return FileState(-1, 0, False)
-    return FileState(status.st_size, status.st_mtime_ns, os.access(path, os.R_OK))
+    return FileState(status.st_size, status.st_mtime_ns, status.st_mode & _READ == _READ or os.access(path, os.R_OK))
 
 
-def _expected_bytes(source: Source, file_bytes: int, spec: ClipSpec) -> float:
+def _bytes_per_s(spec: ClipSpec) -> float:
+    """Of a clip, about."""
     sound = 2 * spec.mel_bands * spec.mel_frames / spec.segment_s
-    picture = _PICTURE_BYTES_PER_S * (spec.short_side / 160) ** 2 * (spec.fps / 16) * 2 ** ((23 - spec.crf) / 6)
+    return sound + _PICTURE_BYTES_PER_S * (spec.short_side / 160) ** 2 * (spec.fps / 16) * 2 ** ((23 - spec.crf) / 6)
+
+
+def _expected_bytes(source: Source, file_bytes: int, clip_s: float, bytes_per_s: float) -> float:
     length_s = max(0, file_bytes) / _FILE_BYTES_PER_S
     if source.moment_s is not None:  # one clip, whatever the file holds beside it
-        length_s = min(length_s, spec.clip_s)
-    clips = max(1, length_s / spec.clip_s)
-    return _TAR_BYTES_PER_CLIP * clips + (sound + picture) * length_s
+        length_s = min(length_s, clip_s)
+    return _TAR_BYTES_PER_CLIP * max(1, length_s / clip_s) + bytes_per_s * length_s
 
 
-def _fingerprint(group: list[tuple[Source, list[FileState]]], spec: ClipSpec, dataset: str, split: str) -> str:
-    content = [FORMAT_VERSION, __version__, ffmpeg_version(), spec.to_json(), dataset, split, [
-        [source.key, source.moment_s, source.labels, source.label_times_s, [
-            [candidate.name, list(vars(state).values())]
-            for candidate, state in zip(source.candidates, states, strict=True)]]
-        for source, states in group]]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+def _fingerprint(group: list[Source], states: list[list[FileState]], common: str) -> str:
+    lines = [repr((source.key, source.moment_s, source.labels, source.label_times_s, source.name, *found,
+                   *(other.name for other in source.others))) for source, found in zip(group, states, strict=True)]
+    return hashlib.sha256("\n".join([common, *lines]).encode()).hexdigest()
 
 
 def plan_digest(tasks: Iterable[ShardTask]) -> str:

@@ -61,4 +61,4 @@ DATASETS: dict[str, Dataset] = {
 
 def list_split(dataset: str, raw: Path, split: str) -> Listing:
     """What a split of a dataset lists, nothing twice and every source under a key of its own."""
-    return complete(DATASETS[dataset].find(raw, split), raw)
+    return complete(DATASETS[dataset].find(raw, split))

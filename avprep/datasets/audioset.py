@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from avprep.datasets.files import all_files, by_stem, first_existing
+from avprep.datasets.files import FilesByStem, all_places, first_existing
 from avprep.datasets.source import BAD_TIMES, MISSING_FILE, UNKNOWN_CLASS, Listing, Skipped, one_of, source_of
 from avprep.datasets.tables import read_csv, read_rows, time_span
 from avprep.errors import AvprepError
@@ -31,11 +31,11 @@ def find(raw: Path, split: str) -> Listing:
     mids, classes = _class_list(names)
     index = {mid: position for position, mid in enumerate(mids)}
     listing = Listing(classes, multi_label=True)
-    files: dict[str, list[tuple[str, Path]]] = {}  # by id: (what stands behind it in the name, path)
-    for stem, paths in by_stem(all_files(raw, raw, listing.skipped)).items():
+    files: dict[str, list[tuple[str, str]]] = {}  # by id: (what stands behind it in the name, place)
+    for stem, places in FilesByStem(all_places(raw, raw, listing.skipped)).items():
         name = stem[1:] if len(stem) > _ID_LENGTH and _is_id(stem[1:]) else stem
         if _is_id(name):
-            files.setdefault(name[:_ID_LENGTH], []).extend((name[_ID_LENGTH:], path) for path in paths)
+            files.setdefault(name[:_ID_LENGTH], []).extend((name[_ID_LENGTH:], place) for place in places)
     for row in read_rows(table, ("id", "start", "end", "mids"), listing.skipped):
         youtube_id, moment_s = row.values["id"], time_span(row.values["start"], row.values["end"])
         wanted = [mid.strip() for mid in row.values["mids"].split(",") if mid.strip()]
@@ -45,8 +45,8 @@ def find(raw: Path, split: str) -> Listing:
             listing.skipped.append(row.skipped(UNKNOWN_CLASS))
         else:
             key = f"{youtube_id}_{int(moment_s[0]):06d}_{int(moment_s[1]):06d}"
-            found = [source_of(path, raw, (index[mid] for mid in wanted), key=key, moment_s=moment_s)
-                     for path in _of_moment(files.get(youtube_id, ()), moment_s[0])]
+            found = [source_of(place, raw, (index[mid] for mid in wanted), key=key, moment_s=moment_s)
+                     for place in _of_moment(files.get(youtube_id, ()), moment_s[0])]
             if found:
                 listing.sources.append(one_of(found))
             else:
@@ -57,7 +57,7 @@ def find(raw: Path, split: str) -> Listing:
 def _class_list(names: Path) -> tuple[list[str], list[str]]:
     """(MIDs, names) in the order of the list's index."""
     broken: list[Skipped] = []
-    rows = read_csv(names, ("index", "mid", "display_name"), broken)
+    rows = list(read_csv(names, ("index", "mid", "display_name"), broken))
     broken += [row.skipped("") for row in rows if not row.values["index"].isdecimal()]
     if broken:
         raise AvprepError(f"{names}: {broken[0].name} is not index,mid,display_name: get the official file anew")
@@ -65,9 +65,9 @@ def _class_list(names: Path) -> tuple[list[str], list[str]]:
     return [row.values["mid"] for row in rows], [row.values["display_name"] for row in rows]
 
 
-def _of_moment(files: Sequence[tuple[str, Path]], start_s: float) -> list[Path]:
+def _of_moment(files: Sequence[tuple[str, str]], start_s: float) -> list[str]:
     """The files of an id, without those whose name tells of another moment, as long as any is left."""
-    return [path for times, path in files if _may_start_at(times, start_s)] or [path for _, path in files]
+    return [place for times, place in files if _may_start_at(times, start_s)] or [place for _, place in files]
 
 
 def _may_start_at(times: str, start_s: float) -> bool:

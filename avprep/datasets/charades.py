@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from avprep.datasets.files import all_files, by_stem, first_existing
+from avprep.datasets.files import FilesByStem, all_places, first_existing
 from avprep.datasets.source import (
     BAD_TIMES,
     MISSING_FILE,
@@ -39,12 +39,12 @@ def find(raw: Path, split: str) -> Listing:
     index = {entry[0]: position for position, entry in enumerate(code_and_name)}
     listing = Listing([printable(entry[-1]) for entry in code_and_name], multi_label=True)
     folders = [folder for name in ("Charades_v1_480", "Charades_v1", "videos") if (folder := raw / name).is_dir()]
-    files = by_stem(path for folder in folders or [raw] for path in all_files(folder, raw, listing.skipped))
+    files = FilesByStem(place for folder in folders or [raw] for place in all_places(folder, raw, listing.skipped))
     for row in read_csv(table, ("id", "actions"), listing.skipped):
         times_s, problem = _times_of_labels(row.values["actions"], index)
         if problem:
             listing.skipped.append(row.skipped(problem))
-        elif row.values["id"] not in files:
+        elif not files[row.values["id"]]:
             listing.skipped.append(Skipped(row.values["id"], MISSING_FILE))
         else:
             times = tuple(map(tuple, times_s.values()))

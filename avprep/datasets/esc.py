@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from avprep.datasets.files import all_files, by_stem, is_media, sub_folders
+from avprep.datasets.files import FilesByStem, all_files, all_places, is_media, sub_folders
 from avprep.datasets.source import (
     MISSING_FILE,
     NO_FOLD,
@@ -66,12 +66,12 @@ def _from_csv(raw: Path, split: str, esc10_only: bool) -> Listing:
     targets = {int(row.values["target"]): row.values["category"] for row in rows}
     index = {target: label for label, target in enumerate(sorted(targets))}
     listing = Listing([targets[target] for target in sorted(targets)], skipped=problems)
-    files = by_stem(all_files(raw / "audio", raw, problems))
+    files = FilesByStem(all_places(raw / "audio", raw, problems))
     for row in rows:
         if row.values["fold"] != split[-1]:
             continue
         stem, label = Path(row.values["filename"]).stem, index[int(row.values["target"])]
-        if stem in files:
+        if files[stem]:
             listing.sources.append(one_of(source_of(path, raw, (label,), key=stem) for path in files[stem]))
         else:
             listing.skipped.append(Skipped(row.values["filename"], MISSING_FILE))

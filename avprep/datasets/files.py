@@ -41,7 +41,12 @@ def media_endings() -> frozenset[str]:
 
 def is_media(path: Path) -> bool:
     """Whether the file's name ends like that of a video or a sound file."""
-    return path.suffix[1:].lower() in media_endings()
+    return _is_media_name(path.name)
+
+
+def _is_media_name(name: str) -> bool:
+    stem, _, ending = name.rpartition(".")
+    return stem != "" and ending.lower() in media_endings()
 
 
 def is_passed_over(name: str) -> bool:
@@ -50,7 +55,13 @@ def is_passed_over(name: str) -> bool:
 
 
 def all_files(folder: Path, raw: Path, problems: list[Skipped]) -> Iterator[Path]:
-    """All files below `folder` in sorted order, those of a folder before those of its sub-folders.
+    """`all_places`, as paths."""
+    return (raw / place for place in all_places(folder, raw, problems))
+
+
+def all_places(folder: Path, raw: Path, problems: list[Skipped]) -> Iterator[str]:
+    """All files below `folder` in sorted order, those of a folder before those of its sub-folders: their paths below
+    the raw folder, as text, for there may be millions.
 
     Links are followed, except back to a folder that they lie in. What is hidden, or a system's own, is passed over.
 
@@ -63,25 +74,28 @@ def all_files(folder: Path, raw: Path, problems: list[Skipped]) -> Iterator[Path
     todo = [(folder, frozenset(map(_identity, (*raw.resolve().parents, *lexical))))]
     while todo:
         here, above = todo.pop()
+        files: list[str] = []
+        folders: list[str] = []
         try:
             identity = _identity(here)
             with os.scandir(here) as found:
-                seen = [entry for entry in found if not is_passed_over(entry.name)]
+                for entry in found:
+                    if not is_passed_over(entry.name):
+                        (folders if _is_folder(entry) else files).append(entry.name)
         except OSError as error:
             problems.append(Skipped(name_of(here, raw), UNREADABLE_FOLDER, error.strerror or ""))
             continue
         if identity in above:
             problems.append(Skipped(name_of(here, raw), CIRCLE))
             continue
-        if not seen and is_media(here):
+        if not files and not folders and is_media(here):
             problems.append(Skipped(name_of(here, raw), EMPTY_FOLDER))
-        folders = []
-        for entry in sorted(seen, key=lambda entry: entry.name):
-            if _is_folder(entry):
-                folders.append(Path(entry.path))
-            else:
-                yield Path(entry.path)
-        todo += [(path, above | {identity}) for path in reversed(folders)]
+        place = "" if here == raw else f"{here.relative_to(raw).as_posix()}/"
+        files.sort(reverse=True)
+        while files:  # each goes as it is handed on
+            yield place + files.pop()
+        folders.sort(reverse=True)
+        todo += [(here / name, above | {identity}) for name in folders]
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -102,16 +116,36 @@ def sub_folders(folder: Path) -> list[Path]:
         return sorted(Path(entry.path) for entry in entries if not is_passed_over(entry.name) and _is_folder(entry))
 
 
-def by_stem(paths: Iterable[Path]) -> dict[str, list[Path]]:
-    """The media files by their names without ending; whole files before the parts a download tool left of them."""
-    found: dict[str, list[Path]] = {}
-    parts: dict[str, list[Path]] = {}
-    for path in filter(is_media, paths):
-        whole = _PART.sub("", path.stem)
-        (found if whole == path.stem else parts).setdefault(whole, []).append(path)
-    for stem, left in parts.items():
-        found.setdefault(stem, []).extend(left)
-    return found
+class FilesByStem:
+    """Media files by their names without ending; whole files before the parts a download tool left of them."""
+
+    def __init__(self, places: Iterable[str]) -> None:
+        # Of each: what stands before the name, and what behind it. There may be millions, and nearly all have the same.
+        self._found: dict[str, tuple[tuple[str, str], ...]] = {}
+        same: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {}
+        parts: dict[str, list[tuple[str, str]]] = {}
+        for place in places:
+            name = place.rpartition("/")[2]
+            if _is_media_name(name):
+                stem = name.rpartition(".")[0]
+                whole = _PART.sub("", stem) if "." in stem else stem
+                around = place[: len(place) - len(name)], name[len(whole):]
+                if whole != stem:
+                    parts.setdefault(whole, []).append(around)
+                elif stem in self._found:
+                    self._found[stem] = (*self._found[stem], around)
+                else:
+                    self._found[stem] = same.setdefault(around, (around,))
+        for stem, left in parts.items():
+            self._found[stem] = (*self._found.get(stem, ()), *left)
+
+    def __getitem__(self, stem: str) -> tuple[str, ...]:
+        """The places of the files of this name; none, if there is none."""
+        return tuple([f"{before}{stem}{behind}" for before, behind in self._found.get(stem, ())])
+
+    def items(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """All names, and their files."""
+        return ((stem, self[stem]) for stem in self._found)
 
 
 def first_existing(candidates: Iterable[Path]) -> Path | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from avprep.datasets.files import all_files, by_stem
+from avprep.datasets.files import FilesByStem, all_places
 from avprep.datasets.source import BAD_TIMES, MISSING_FILE, Listing, Skipped, one_of, source_of
 from avprep.datasets.tables import Row, read_csv, time_span
 from avprep.errors import AvprepError
@@ -30,23 +31,27 @@ def find(raw: Path, split: str) -> Listing:
     if _csv(raw, split) is None:
         raise AvprepError(f"no CSV of the split {split!r} in {raw} or {raw / 'annotations'}: put the official "
                           f"{split}.csv (label,youtube_id,time_start,time_end,split) there, or use --dataset folder")
-    problems: list[Skipped] = []
-    rows = _rows(raw, split, problems)
-    others = (_labels(raw, other) for other in splits(raw) if other != split)
-    classes = sorted({_label(row) for row, _ in rows}.union(*others) - {""})
-    index = {name: position for position, name in enumerate(classes)}
-    files = by_stem(all_files(raw, raw, problems))
-    listing = Listing(classes, skipped=problems)
-    for row, moment_s in rows:
+    labels = {label for other in splits(raw) if other != split for label in _labels(raw, other)}
+    listing = Listing([])
+    files = FilesByStem(all_places(raw, raw, listing.skipped))
+    label_of: dict[str, tuple[int, ...]] = {"": ()}  # by name, in the order of the rows for now
+    for row, moment_s in _rows(raw, split, listing.skipped):
         youtube_id = row.values["youtube_id"]
         stem = f"{youtube_id}_{int(moment_s[0]):06d}_{int(moment_s[1]):06d}"
-        labels = (index[_label(row)],) if _label(row) else ()
-        found = [source_of(path, raw, labels, key=stem) for path in files.get(stem, ())]
-        found += [source_of(path, raw, labels, key=stem, moment_s=moment_s) for path in files.get(youtube_id, ())]
-        if found:
-            listing.sources.append(one_of(found))
+        label = label_of.setdefault(_label(row), (len(label_of) - 1,))
+        trimmed, whole = files[stem], files[youtube_id]
+        if trimmed or whole:
+            listing.sources.append(one_of([
+                *(source_of(place, raw, label, key=stem) for place in trimmed),
+                *(source_of(place, raw, label, key=stem, moment_s=moment_s) for place in whole)]))
         else:
             listing.skipped.append(Skipped(stem, MISSING_FILE))
+    listing.classes = sorted(labels.union(label_of) - {""})
+    index = {name: (position,) for position, name in enumerate(listing.classes)} | {"": ()}
+    final = {label: index[name] for name, label in label_of.items()}
+    for number, source in enumerate(listing.sources):
+        listing.sources[number] = source._replace(labels=final[source.labels], others=source.others and tuple(
+            other._replace(labels=final[other.labels]) for other in source.others))
     return listing
 
 
@@ -61,18 +66,16 @@ def _labels(raw: Path, split: str) -> set[str]:
         return set()
 
 
-def _rows(raw: Path, split: str, problems: list[Skipped]) -> list[tuple[Row, tuple[float, float]]]:
+def _rows(raw: Path, split: str, problems: list[Skipped]) -> Iterator[tuple[Row, tuple[float, float]]]:
     """The usable rows of a split's CSV, each with its moment."""
     table = _csv(raw, split)
     assert table is not None
-    usable = []
     for row in read_csv(table, _COLUMNS, problems, more=("label",)):
         moment_s = time_span(row.values["time_start"], row.values["time_end"])
         if moment_s is None:
             problems.append(row.skipped(BAD_TIMES))
         else:
-            usable.append((row, moment_s))
-    return usable
+            yield row, moment_s
 
 
 def _csv(raw: Path, split: str) -> Path | None:

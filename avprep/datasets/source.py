@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections import Counter
+import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 _LONGEST_KEY = 80
+_SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+_UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
 
 MISSING_FILE = "listed, but no such file"
 LISTED_TWICE = "listed twice"
@@ -26,15 +29,15 @@ CIRCLE = "a link to a folder that it lies in"
 EMPTY_FOLDER = "an empty folder, named like a media file"
 
 
-@dataclass(frozen=True)
-class Source:
-    """One file with its labels, as a dataset lists it.
+class Source(NamedTuple):
+    """One file with its labels, as a dataset lists it. There may be millions: what follows from the rest is not kept.
 
     Attributes:
         key: unique in the split, of `[A-Za-z0-9_-]` only: safe as a member name in any tar.
-        path: where the file is.
-        name: the path relative to the raw folder, printable: what reports and samples call it.
+        raw: the raw folder.
+        before: where the file is below it, as far as the entry, which is mostly a part of the name; else all of it.
         entry: what the dataset calls it, before that was made safe as a key.
+        after: what follows in the name; None if the entry is no part of it.
         labels: indices into the class list, none twice.
         moment_s: start and end of the annotated moment in the file, where the file may be longer than it.
         label_times_s: of each label, in the order of `labels`, the (start, end) in the file of each time it is given;
@@ -43,13 +46,29 @@ class Source:
     """
 
     key: str
-    path: Path
-    name: str
+    raw: Path
+    before: str
     entry: str
+    after: str | None
     labels: tuple[int, ...] = ()
     moment_s: tuple[float, float] | None = None
     label_times_s: tuple[tuple[tuple[float, float], ...], ...] | None = None
     others: tuple[Source, ...] = ()
+
+    @property
+    def place(self) -> str:
+        """Where the file is below the raw folder."""
+        return self.before if self.after is None else f"{self.before}{self.entry}{self.after}"
+
+    @property
+    def path(self) -> Path:
+        """Where the file is."""
+        return self.raw / self.place
+
+    @property
+    def name(self) -> str:
+        """What reports and samples call it: the path below the raw folder, printable."""
+        return printable(self.place)
 
     @property
     def candidates(self) -> tuple[Source, ...]:
@@ -90,7 +109,7 @@ class Listing:
 
 def printable(name: str) -> str:
     r"""The name as it can be printed and stored: bytes that are not UTF-8 become \xNN."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def name_of(path: Path, raw: Path) -> str:
@@ -100,7 +119,9 @@ def name_of(path: Path, raw: Path) -> str:
 
 def safe_key(name: str) -> str:
     """A member name for any tar, without a dot (readers split at the first one)."""
-    key = re.sub(r"[^A-Za-z0-9_-]", "_", name).lstrip("-")
+    if _SAFE.fullmatch(name) and len(name) <= _LONGEST_KEY:
+        return name
+    key = _UNSAFE.sub("_", name).lstrip("-")
     return key if key == name and len(key) <= _LONGEST_KEY else _marked(key, os.fsencode(name))
 
 
@@ -108,41 +129,57 @@ def _marked(key: str, distinction: bytes) -> str:
     return f"{key[:_LONGEST_KEY - 9]}_{hashlib.sha1(distinction).hexdigest()[:8]}"
 
 
-def source_of(path: Path, raw: Path, labels: Iterable[int] = (), *, key: str | None = None,
+def source_of(path: Path | str, raw: Path, labels: Iterable[int] = (), *, key: str | None = None,
               moment_s: tuple[float, float] | None = None,
               label_times_s: tuple[tuple[tuple[float, float], ...], ...] | None = None) -> Source:
-    """A source named by its file's place under the raw folder; `key` where the dataset has a shorter name for it."""
-    place = path.relative_to(raw).as_posix()
-    entry = key or place[: len(place) - len(path.suffix)]
-    return Source(safe_key(entry), path, printable(place), printable(entry), tuple(dict.fromkeys(labels)), moment_s,
-                  label_times_s)
+    """A source named by its file's place under the raw folder (text is such a place); `key` where the dataset has a
+    shorter name for it."""
+    place = path if isinstance(path, str) else path.relative_to(raw).as_posix()
+    entry = key or place[: len(place) - len(PurePosixPath(place).suffix)]
+    at, after = place.rfind(entry), None
+    if at >= 0:
+        place, after = sys.intern(place[:at]), sys.intern(place[at + len(entry):])
+    return Source(safe_key(entry), raw, place, entry, after, tuple(dict.fromkeys(labels)), moment_s, label_times_s)
 
 
 def one_of(candidates: Iterable[Source]) -> Source:
     """One source of several files for the same id, in order of preference."""
     first, *others = candidates
-    return replace(first, others=tuple(others))
+    return first._replace(others=tuple(others)) if others else first
 
 
-def complete(listing: Listing, raw: Path) -> Listing:
+def complete(listing: Listing) -> Listing:
     """What every listing needs, whatever the dataset: nothing is in it twice, and no two sources share a key.
 
     A key that several sources would have is marked, for all of them, by a hash of their own names; so the order of the
     list plays no part, and all other keys stay what they are.
     """
-    listed: dict[tuple[Path, tuple[float, float] | None], Source] = {}
+    seen: set[str | tuple[str, tuple[float, float]]] = set()
+    sources, rounds = [], 0
     for source in listing.sources:
-        if listed.setdefault((source.path, source.moment_s), source) is not source:
-            listing.skipped.append(Skipped(source.entry, LISTED_TWICE))
-    sources, rounds = list(listed.values()), 0
-    while shared := {key for key, count in Counter(source.key for source in sources).items() if count > 1}:
+        what = source.place if source.moment_s is None else (source.place, source.moment_s)
+        if what in seen:
+            listing.skipped.append(Skipped(printable(source.entry), LISTED_TWICE))
+        else:
+            seen.add(what)
+            sources.append(source)
+    del seen
+    while shared := _shared(source.key for source in sources):
         # Nearly always one round; the next marks also what happens to be named like a marked key.
-        sources = [_with_marked_key(source, raw, rounds) if source.key in shared else source for source in sources]
+        sources = [_with_marked_key(source, rounds) if source.key in shared else source for source in sources]
         rounds += 1
     listing.sources = sources
     return listing
 
 
-def _with_marked_key(source: Source, raw: Path, rounds: int) -> Source:
-    place = os.fsencode(source.path.relative_to(raw))
-    return replace(source, key=_marked(source.key, f"{rounds} {source.moment_s} ".encode() + place))
+def _shared(keys: Iterable[str]) -> set[str]:
+    """Those that are there more than once."""
+    seen: set[str] = set()
+    shared: set[str] = set()
+    for key in keys:
+        (shared if key in seen else seen).add(key)
+    return shared
+
+
+def _with_marked_key(source: Source, rounds: int) -> Source:
+    return source._replace(key=_marked(source.key, f"{rounds} {source.moment_s} ".encode() + os.fsencode(source.place)))

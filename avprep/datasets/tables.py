@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import csv
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from avprep.datasets.source import UNUSABLE_ROW, Skipped, printable
 from avprep.errors import AvprepError
 
 _LONGEST_TEXT = 200
 _LONGEST_RECORD_LINES = 20
+_SHORT_TEXT = 10_000
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One row of a table: its values by column, without blanks around them, and where it stands."""
 
     values: dict[str, str]
@@ -34,8 +36,8 @@ class Row:
         return Skipped(self.place, reason, printable(self.text)[:_LONGEST_TEXT])
 
 
-def read_csv(path: Path, columns: Sequence[str], problems: list[Skipped], more: Sequence[str] = ()) -> list[Row]:
-    """The rows of a CSV file with a header line.
+def read_csv(path: Path, columns: Sequence[str], problems: list[Skipped], more: Sequence[str] = ()) -> Iterator[Row]:
+    """The rows of a CSV file with a header line, as they are read.
 
     Args:
         path: the file.
@@ -46,7 +48,7 @@ def read_csv(path: Path, columns: Sequence[str], problems: list[Skipped], more: 
     Raises:
         AvprepError: a column is missing; the message names it.
     """
-    records = _records(path, _lines(path), None)
+    records = _records(_lines(path), None)
     _, _, header = next(records, (0, "", None))
     known = {name.lower(): name for name in (*columns, *more)}
     found = [known.get(name.strip().lower(), name.strip()) for name in header or []]
@@ -55,13 +57,13 @@ def read_csv(path: Path, columns: Sequence[str], problems: list[Skipped], more: 
         there = "".join(letter if letter.isprintable() else "?" for letter in printable(", ".join(found)))
         there = there[:_LONGEST_TEXT]
         raise AvprepError(f"{path}: no column {', '.join(missing)} (found: {there})")
-    return list(_rows(path, records, found, [*columns, *(name for name in more if name in found)], problems))
+    return _rows(path, records, found, [*columns, *(name for name in more if name in found)], problems)
 
 
-def read_rows(path: Path, columns: Sequence[str], problems: list[Skipped]) -> list[Row]:
+def read_rows(path: Path, columns: Sequence[str], problems: list[Skipped]) -> Iterator[Row]:
     """The rows of a file like CSV that has comments (lines that begin with #) in place of a header line."""
-    lines = [line if not line.startswith("#") else "\n" for line in _lines(path)]
-    return list(_rows(path, _records(path, lines, len(columns)), columns, columns, problems))
+    lines = (line if not line.startswith("#") else "\n" for line in _lines(path))
+    return _rows(path, _records(lines, len(columns)), columns, columns, problems)
 
 
 def read_lines(path: Path) -> list[Row]:
@@ -79,27 +81,33 @@ def time_span(start: str, end: str) -> tuple[float, float] | None:
     return (first, last) if 0 <= first < last and math.isfinite(last) else None
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> Iterator[str]:
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        return list(file)
+        yield from file
 
 
-def _records(path: Path, lines: Sequence[str], width: int | None) -> Iterator[tuple[int, str, list[str] | None]]:
+def _records(lines: Iterator[str], width: int | None) -> Iterator[tuple[int, str, list[str] | None]]:
     """(line number, text, values or None if they can't be read) of each record; the first decides how many values.
 
     A record is one line, or the few lines that a quoted value runs over. So a quote that is never closed costs its own
     line, not the rest of the file.
     """
-    at = 0
-    while at < len(lines):
+    ahead: deque[str] = deque()
+    number = 1
+    while (text := ahead.popleft() if ahead else next(lines, None)) is not None:
         count = 1
-        if lines[at].count('"') % 2:
-            count = _lines_of_record(lines[at : at + _LONGEST_RECORD_LINES], width)
-        text, number, at = "".join(lines[at : at + count]), at + 1, at + count
-        if not text.isspace():
+        if '"' not in text and len(text) < _SHORT_TEXT:
+            values: list[str] | None = text.split(",")  # what csv would say, in a tenth of the time
+        else:
+            if text.count('"') % 2:
+                ahead.extend(islice(lines, _LONGEST_RECORD_LINES - 1 - len(ahead)))
+                count = _lines_of_record([text, *ahead], width)
+                text += "".join(ahead.popleft() for _ in range(count - 1))
             values = _values(text)
+        if not text.isspace():
             width = width if width is not None or values is None else len(values)
             yield number, text, values
+        number += count
 
 
 def _lines_of_record(lines: Sequence[str], width: int | None) -> int:
@@ -125,7 +133,8 @@ def _rows(path: Path, records: Iterator[tuple[int, str, list[str] | None]], colu
     name = printable(path.name)
     for number, text, values in records:
         row = Row(dict(zip(columns, map(str.strip, values or ()), strict=False)), name, number, text.strip())
-        too_many = values is not None and any(values[len(columns):])  # a comma at the end of a row does no harm
+        # A comma at the end of a row does no harm.
+        too_many = values is not None and len(values) > len(columns) and any(values[len(columns):])
         if (len(row.values) < len(columns) or too_many or not row.values[needed[0]]
                 or not (text.isascii() or all(_is_text(row.values[column]) for column in needed))):
             problems.append(row.skipped(UNUSABLE_ROW))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from avprep.datasets.files import all_files, by_stem, first_existing
+from avprep.datasets.files import FilesByStem, all_places, first_existing
 from avprep.datasets.source import MISSING_FILE, UNKNOWN_CLASS, Listing, Skipped, one_of, printable, source_of
 from avprep.datasets.tables import read_lines
 from avprep.errors import AvprepError
@@ -33,23 +33,23 @@ def find(raw: Path, split: str) -> Listing:
     videos = first_existing((raw / "UCF-101", raw / "videos", raw))
     assert videos is not None
     listing = Listing([printable(name) for name in classes])
-    files: dict[str, list[Path]] = {}  # by CLASS/STEM
-    for stem, paths in by_stem(all_files(videos, raw, listing.skipped)).items():
-        for path in paths:
+    files: dict[str, list[PurePosixPath]] = {}  # by CLASS/STEM
+    for stem, places in FilesByStem(all_places(videos, raw, listing.skipped)).items():
+        for path in map(PurePosixPath, places):
             files.setdefault(f"{path.parent.name}/{stem}", []).append(path)
     any_case = _by_any_case(files)
     for line in read_lines(lists / name):
         entry = PurePosixPath(re.sub(r"\s+\d+$", "", line.text).replace("\\", "/"))
         label = _spelt_like(entry.parent.name, classes)
-        places = any_case.get(_place(entry).casefold(), [])
-        place = _place(entry) if _place(entry) in files else places[0] if len(places) == 1 else None
+        alike = any_case.get(_place(entry).casefold(), [])
+        place = _place(entry) if _place(entry) in files else alike[0] if len(alike) == 1 else None
         if label is None:
             listing.skipped.append(line.skipped(UNKNOWN_CLASS))
         elif place is None:
             listing.skipped.append(Skipped(printable(str(entry)), MISSING_FILE))
         else:
             found = sorted(files[place], key=lambda path: path.suffix != entry.suffix)
-            listing.sources.append(one_of(source_of(path, raw, (classes.index(label),), key=entry.stem)
+            listing.sources.append(one_of(source_of(str(path), raw, (classes.index(label),), key=entry.stem)
                                           for path in found))
     return listing
 
