@@ -238,7 +238,7 @@ def test_a_shard_whose_clips_all_fail_now_loses_its_tar(media, avprep, tmp_path)
 def test_killed_between_a_tar_and_its_marker(ffmpeg, avprep, tmp_path, monkeypatch):
     """The marker of an earlier build must not vouch for another tar of the same size."""
     import avprep.build as building
-    import avprep.state
+    from avprep import state
     from avprep.spec import ClipSpec
 
     raw, folder = tmp_path / "raw", tmp_path / "folder" / "train"
@@ -252,7 +252,7 @@ def test_killed_between_a_tar_and_its_marker(ffmpeg, avprep, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(avprep.state, "write_whole", killed)
+        patch.setattr(state, "write_whole", killed)
         building.build_split(building.BuildOptions("folder", raw, tmp_path, ClipSpec(), 1, 1000, 60), "train")
     shutil.rmtree(raw / "a")
     assert avprep(*build).returncode == 0
@@ -260,14 +260,14 @@ def test_killed_between_a_tar_and_its_marker(ffmpeg, avprep, tmp_path, monkeypat
     assert checked.returncode == 0, checked.stdout
 
 
-def test_only_one_build_at_a_time(small_demo, avprep, tmp_path):
+def test_only_one_build_at_a_time(small_demo, avprep_process, tmp_path):
     import fcntl
 
     state = tmp_path / "demo" / "train" / ".build"
     state.mkdir(parents=True)
     with (state / "lock").open("w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
-        done = _build(avprep, small_demo, tmp_path, 1)
+        done = _build(avprep_process, small_demo, tmp_path, 1)
     assert done.returncode == 1 and "another avprep build" in done.stderr
 
 

@@ -152,16 +152,16 @@ def test_a_part_that_is_not_whole_is_no_part(build, parts, undivided, monkeypatc
     assert _bytes_of(parts[0]) == undivided
 
 
-def test_several_builds_into_one_folder(avprep, raw, parts):
+def test_several_builds_into_one_folder(avprep_process, raw, parts):
     """Parts that share a shard exclude each other, whatever they are out of."""
     build = ("build", "--dataset", "folder", "--raw", raw, "--out", parts[0], "--shard-mb", 0.001)
     with (parts[0] / "folder/train/.build/lock").open("a") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX, *_bytes_locked(Part(2, 3)))
         for refused in (build, (*build, "--part", "2/3"), (*build, "--part", "1/2"), ("merge", *parts)):
-            done = avprep(*refused)
+            done = avprep_process(*refused)
             assert done.returncode == 1 and "another avprep build" in done.stderr, done.stderr
             assert "Traceback" not in done.stderr
-        done = avprep(*build, "--part", "1/3")
+        done = avprep_process(*build, "--part", "1/3")
         assert done.returncode == 0 and f"avprep merge {parts[0]}" in done.stdout, done.stderr
 
 

@@ -81,20 +81,20 @@ def _without(module, folder):
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def test_what_is_missing_is_said_in_a_line(small_demo, avprep, tmp_path):
+def test_what_is_missing_is_said_in_a_line(small_demo, avprep_process, tmp_path):
     build = ("build", "--dataset", "demo", "--raw", small_demo, "--out", tmp_path / "out", "--executor", "ray")
-    absent = avprep(*build, env=_without("ray", tmp_path))
+    absent = avprep_process(*build, env=_without("ray", tmp_path))
     assert "pip install 'avprep-avtrain[ray]'" in absent.stderr
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
-        nobody = avprep(*build, "--ray-address", address)
+        nobody = avprep_process(*build, "--ray-address", address)
     assert f"no Ray cluster at {address}" in nobody.stderr
-    none = avprep(*build, "--ray-address", "auto", env={**os.environ, "RAY_TMPDIR": str(tmp_path)})
+    none = avprep_process(*build, "--ray-address", "auto", env={**os.environ, "RAY_TMPDIR": str(tmp_path)})
     assert "no Ray cluster" in none.stderr
-    wrong = avprep(*build, "--ray-address", "somewhere")
+    wrong = avprep_process(*build, "--ray-address", "somewhere")
     assert "HOST:PORT" in wrong.stderr
-    unused_option = avprep(*build[:-2], "--ray-address", "auto")
+    unused_option = avprep_process(*build[:-2], "--ray-address", "auto")
     assert "--executor ray" in unused_option.stderr
     for done in (absent, nobody, none, wrong, unused_option):
         assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
