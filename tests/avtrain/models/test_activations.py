@@ -16,6 +16,7 @@ def steps(preset):
     return counted(read_config(preset))
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(("preset", "card_gb"), [("paper", 80), ("small", 24)])
 def test_presets_fit(preset, card_gb):
     config = read_config(preset)

@@ -113,6 +113,7 @@ def test_only_the_first_stages_run_again() -> None:
     assert [calls[stage[0]] for stage in stages] == [2, 1, 1, 2, 1]
 
 
+@pytest.mark.seconds
 def test_256_equal_parts_have_the_gradient_of_one(tmp_path: Path) -> None:
     """Under autocast, as the engine accumulates. Summed in bfloat16, most of it would be lost."""
     found = []
