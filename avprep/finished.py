@@ -22,14 +22,15 @@ _NOTE = "finished.json"
 def digest_of(raw: Path) -> str:
     """Of the names, sizes, dates and rights of all that a listing may look at below a folder."""
     digest = hashlib.sha256()
-    todo: list[tuple[str, frozenset[tuple[int, int]]]] = [(str(raw), frozenset())]
+    parents = frozenset((status.st_dev, status.st_ino) for status in map(os.stat, raw.resolve().parents))
+    todo = [(str(raw), parents)]
     while todo:
         here, above = todo.pop()
         lines = [here[len(str(raw)):]]
         try:
             status = os.stat(here)
             identity = status.st_dev, status.st_ino
-            if identity not in above:  # a link may lead back
+            if identity not in above:  # a link may lead back, or out to where the raw folder lies
                 with os.scandir(here) as entries:
                     for entry in entries:
                         if is_passed_over(entry.name):
@@ -68,7 +69,8 @@ def if_finished(folder: Path, settings: dict[str, Any], raw: str) -> SplitReport
         if (note["settings"], note["raw"], note["files"]) != (settings, raw, _files(folder)):
             return None
         said = note["report"]
-        return SplitReport(folder, **said | {"skipped": Counter(said["skipped"]), "failed": Counter(said["failed"])})
+        return SplitReport(folder, **said | {"skipped": Counter(said["skipped"]), "failed": Counter(said["failed"]),
+                                             "new_clips_s": 0.0})
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
