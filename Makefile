@@ -11,8 +11,8 @@ BIN     := $(VENV)/bin
 READY   := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test test-slow lint docs pretrain demo bench bench-gpu demo-report transfer-report esc-report \
-        ablations clean
+.PHONY: help install check test test-slow lint docs pretrain demo bench bench-scale bench-gpu demo-report transfer-report \
+        esc-report ablations clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -51,6 +51,9 @@ demo: $(READY)  ## make the demo dataset, build its shards, draw a contact sheet
 
 bench: $(READY)  ## run the benchmarks
 	$(BIN)/python -m benchmarks
+
+bench-scale: $(READY)  ## planning and running again, for lists of 10^3 to 10^6 rows: a table
+	$(BIN)/python -m benchmarks.scale
 
 bench-gpu: $(READY)  ## measure the paper preset on this machine's GPU (docs/performance.md)
 	$(BIN)/python -m benchmarks.gpu

@@ -57,7 +57,7 @@ def find(raw: Path, split: str) -> Listing:
 def _class_list(names: Path) -> tuple[list[str], list[str]]:
     """(MIDs, names) in the order of the list's index."""
     broken: list[Skipped] = []
-    rows = list(read_csv(names, ("index", "mid", "display_name"), broken))
+    rows = read_csv(names, ("index", "mid", "display_name"), broken)
     broken += [row.skipped("") for row in rows if not row.values["index"].isdecimal()]
     if broken:
         raise AvprepError(f"{names}: {broken[0].name} is not index,mid,display_name: get the official file anew")

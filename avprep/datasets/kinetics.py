@@ -8,7 +8,7 @@ from pathlib import Path
 
 from avprep.datasets.files import FilesByStem, all_places
 from avprep.datasets.source import BAD_TIMES, MISSING_FILE, Listing, Skipped, one_of, source_of
-from avprep.datasets.tables import Row, read_csv, time_span
+from avprep.datasets.tables import Row, stream_csv, time_span
 from avprep.errors import AvprepError
 
 SPLITS = ("train", "val", "test")
@@ -70,7 +70,7 @@ def _rows(raw: Path, split: str, problems: list[Skipped]) -> Iterator[tuple[Row,
     """The usable rows of a split's CSV, each with its moment."""
     table = _csv(raw, split)
     assert table is not None
-    for row in read_csv(table, _COLUMNS, problems, more=("label",)):
+    for row in stream_csv(table, _COLUMNS, problems, more=("label",)):
         moment_s = time_span(row.values["time_start"], row.values["time_end"])
         if moment_s is None:
             problems.append(row.skipped(BAD_TIMES))

@@ -36,8 +36,13 @@ class Row(NamedTuple):
         return Skipped(self.place, reason, printable(self.text)[:_LONGEST_TEXT])
 
 
-def read_csv(path: Path, columns: Sequence[str], problems: list[Skipped], more: Sequence[str] = ()) -> Iterator[Row]:
-    """The rows of a CSV file with a header line, as they are read.
+def read_csv(path: Path, columns: Sequence[str], problems: list[Skipped], more: Sequence[str] = ()) -> list[Row]:
+    """`stream_csv`, all rows at once."""
+    return list(stream_csv(path, columns, problems, more))
+
+
+def stream_csv(path: Path, columns: Sequence[str], problems: list[Skipped], more: Sequence[str] = ()) -> Iterator[Row]:
+    """The rows of a CSV file with a header line, as they are read: there may be millions.
 
     Args:
         path: the file.
