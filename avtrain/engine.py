@@ -57,10 +57,15 @@ class Run:
             that share of the learning rate.
         config: schedule, intervals, clipping.
         save_weights: writes what others use of a checkpoint (the model's own file) into its folder.
+
+    Raises:
+        ValueError: the optimiser is not a fused one.
     """
 
     def __init__(self, folder: RunFolder, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer,
                  config: TrainingConfig, save_weights: Callable[[Path], None]) -> None:
+        if not all(group.get("fused") for group in optimizer.param_groups):
+            raise ValueError("a fused optimiser is wanted: others would take steps that are not finite")
         self.folder, self.modules, self.config = folder, modules, config
         self.position = Position()
         self.bad_steps = 0  # the last ones, in a row, that were not finite
@@ -186,6 +191,8 @@ class Run:
         try:
             for name, module in self.modules.items():
                 module.load_state_dict(state["modules"][name])
+            for group in state["optimizer"]["param_groups"]:
+                group["fused"] = True  # earlier versions wrote down that theirs was not, and it would be no more
             self._optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]

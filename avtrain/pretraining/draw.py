@@ -19,7 +19,7 @@ from torch import Tensor
 
 from avtrain.pretraining.noise import hashed, uniforms
 
-_MASK, _NEGATIVE, _ORDER, _SWAP, _SOURCE = range(5)  # what a number is for
+_MASK, _NEGATIVE, _ORDER, _SWAP = range(4)  # what a number is for
 
 
 class Predicted(NamedTuple):

@@ -146,6 +146,29 @@ def test_a_bad_step_is_skipped_and_counted(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["skipped_steps"] == 2
 
 
+def test_a_bad_step_is_skipped_by_a_run_of_an_earlier_version_too(tmp_path):
+    """Its optimiser was not fused, and says so in the checkpoint."""
+    _Experiment(tmp_path).train(max_steps=3)
+    path = tmp_path / "checkpoints" / "step-000003" / "training.pt"
+    state = torch.load(path, weights_only=True)
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = None
+    torch.save(state, path)
+    experiment = _Experiment(tmp_path, bad_steps=[1])
+    assert experiment.run.go_on()
+    experiment.train(max_steps=4)
+    assert experiment.run.position.skipped_steps == 1
+    for name, tensor in experiment.network.state_dict().items():
+        assert torch.equal(tensor, state["modules"]["network"][name]), name
+
+
+def test_an_optimiser_that_would_take_bad_steps_is_refused(tmp_path):
+    network = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="fused"):
+        Run(RunFolder(tmp_path), {"network": network}, torch.optim.Adam(network.parameters()), CONFIG,
+            lambda folder: None)
+
+
 def test_ten_bad_steps_in_a_row_stop_the_run_with_the_last_good_checkpoint(tmp_path):
     experiment = _Experiment(tmp_path, bad_steps=range(5, 100))
     with pytest.raises(AvtrainError, match=r"step 14: .* 10 times in a row.*step-000003"):

@@ -120,7 +120,7 @@ def test_256_equal_parts_have_the_gradient_of_one(tmp_path: Path) -> None:
     for parts in (1, 256):
         module = Noise(replace(SMALL, visual_blocks=(1,), audio_blocks=(1,), layers=1, stages_recomputed=1),
                              clips=2).train()
-        optimizer = Watched(module.parameters())
+        optimizer = Watched(module.parameters(), fused=True)
         training = TrainingConfig(batch_size=256, accumulate=parts, steps=1, clip_norm=0.0)
         run = Run(RunFolder(tmp_path / str(parts)), {"module": module}, optimizer, training, lambda folder: None)
         run.train(lambda batch, part, module=module: (module(), {}), Equal(),
