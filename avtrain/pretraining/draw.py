@@ -17,6 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from avtrain.config import Config
+from avtrain.data.loader import Batch
+from avtrain.data.manifest import video_of
 from avtrain.pretraining.noise import hashed, uniforms
 
 _MASK, _NEGATIVE, _ORDER, _SWAP = range(4)  # what a number is for
@@ -88,6 +91,20 @@ class Draw:
         visual, audio = (Predicted(*map(moved, predicted)) for predicted in self.predicted)
         return Draw(self.draws, both(self.here), both(self.places), both(self.masks), both(self.present),
                     (visual, audio), Pairs(*map(moved, self.pairs)), self.judged)
+
+
+def draw_for(batch: Batch, config: Config, part: int, seed: int, step: int, own_sounds: bool = False) -> Draw:
+    """Masks and pairs of the part of that number of a step's batch.
+
+    Args:
+        own_sounds: every clip keeps its own, and all is drawn once.
+    """
+    training, objectives = config.training, config.objectives
+    first = part * (training.batch_size // training.accumulate)
+    pairs = objectives.pair > 0 and config.model.fusion != "late" and not own_sounds
+    return drawn(batch.visual_present, batch.audio_present, [video_of(key) for key in batch.keys],
+                 [first + place for place in batch.places], seed, step, objectives.mask_rate,
+                 1 if own_sounds else objectives.draws, pairs)
 
 
 def drawn(visual_present: Tensor, audio_present: Tensor, sources: Sequence[str], places: Sequence[int], seed: int,

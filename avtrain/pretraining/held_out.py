@@ -11,12 +11,11 @@ from torch import Tensor
 from avtrain.config import Config
 from avtrain.data.clips import ClipDataset
 from avtrain.data.handover import in_flight_bytes
-from avtrain.data.loader import Batch, batches, readable
-from avtrain.data.manifest import video_of
+from avtrain.data.loader import batches, readable
 from avtrain.data.order import at_epoch, batches_of, epoch_order
 from avtrain.data.shards import ShardFolder
 from avtrain.models.avbert import LocalEmbeddings, Tokens
-from avtrain.pretraining.draw import Draw, drawn
+from avtrain.pretraining.draw import Draw, draw_for
 from avtrain.pretraining.module import Pretraining
 from avtrain.pretraining.noise import hashed, uniforms
 from avtrain.pretraining.objectives import AUDIO, VISUAL, Objectives, present_rows
@@ -47,9 +46,9 @@ class HeldOut:
     def __init__(self, folder: ShardFolder, config: Config, runtime: Runtime) -> None:
         self._dataset = ClipDataset(folder, config.data, None)
         self._workers, self._runtime, self._clips = config.data.workers, runtime, folder.clips
-        self._objectives, self._size = config.objectives, config.training.batch_size // config.training.accumulate
+        self._config = config
         order = epoch_order(folder.clips_of_shards, _SEED, 0, len(folder.shards))
-        self._places = batches_of(order, self._size)
+        self._places = batches_of(order, config.training.batch_size // config.training.accumulate)
 
     def in_flight_bytes(self) -> int:
         """Shared memory that the workers' batches can take."""
@@ -74,7 +73,8 @@ class HeldOut:
         passes: list[_Seen] = []
         for number, batch in enumerate(readable(batches(self._dataset, at_epoch(self._places, 0), self._workers),
                                                 self._clips)):
-            draws = [self._drawn(batch, number, pairs) for pairs in (True, False)]
+            draws = [draw_for(batch, self._config, number, _SEED, int(own), own).to(self._runtime.device)
+                     for own in (False, True)]
             with self._runtime.autocast():
                 embedded, *_ = model.embed(*batch.tensors(self._runtime.device), draws[0].here)
                 result = objectives(model, embedded, draws[0])
@@ -89,14 +89,6 @@ class HeldOut:
                 figures[f"test_masked_top1_{predictor}"], figures[f"test_chance_masked_top1_{predictor}"] = found
         network.train(was_training)
         return figures
-
-    def _drawn(self, batch: Batch, number: int, pairs: bool) -> Draw:
-        """As in training; the first draw is with other clips' sounds, or every clip keeps its own."""
-        config = self._objectives
-        draw = drawn(batch.visual_present, batch.audio_present, [video_of(key) for key in batch.keys],
-                     [number * self._size + place for place in batch.places], _SEED, int(not pairs), config.mask_rate,
-                     config.draws if pairs else 1, pairs and config.pair > 0)
-        return draw.to(self._runtime.device)
 
     def _masked_top1(self, objectives: Objectives, passes: list[_Seen], predictor: str) -> tuple[float, float] | None:
         """The figure and chance; None where there is nothing to predict."""

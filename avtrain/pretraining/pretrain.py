@@ -14,13 +14,12 @@ from avtrain.config import Config, config_from, config_to
 from avtrain.data.clips import ClipDataset
 from avtrain.data.handover import check_room
 from avtrain.data.loader import Batch, Epochs
-from avtrain.data.manifest import video_of
 from avtrain.data.order import Wanted, at_epoch, batches_of, epoch_order
 from avtrain.data.shards import ShardFolder, open_folders
 from avtrain.engine import Run, last_step
 from avtrain.errors import AvtrainError
 from avtrain.models.graphs import capture, own_gradients
-from avtrain.pretraining.draw import Draw, drawn
+from avtrain.pretraining.draw import draw_for
 from avtrain.pretraining.held_out import HeldOut
 from avtrain.pretraining.module import Pretraining
 from avtrain.pretraining.objectives import ObjectiveResult
@@ -104,7 +103,7 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
         write_settings(out / CONFIG, config_to(config))
 
     def step(batch: Batch, part: int) -> tuple[Tensor, dict[str, Tensor]]:
-        draw = draw_for(_filled(batch), config, run.position.step, part).to(runtime.device)
+        draw = draw_for(_filled(batch), config, part, config.training.seed, run.position.step).to(runtime.device)
         result: ObjectiveResult = network(*batch.tensors(runtime.device), draw)
         return result.loss, result.figures()
 
@@ -113,15 +112,6 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
 
     run.train(step, supply, runtime.autocast, evaluate, max_steps, max_time_s)
     return Pretrained(folder, run.position.step, run.position.step - begun, run.bad_steps)
-
-
-def draw_for(batch: Batch, config: Config, step: int, part: int) -> Draw:
-    """Masks and pairs of the part of that number of a step's batch."""
-    training, objectives = config.training, config.objectives
-    first = part * (training.batch_size // training.accumulate)
-    return drawn(batch.visual_present, batch.audio_present, [video_of(key) for key in batch.keys],
-                 [first + place for place in batch.places], training.seed, step, objectives.mask_rate,
-                 objectives.draws, pairs=objectives.pair > 0 and config.model.fusion != "late")
 
 
 def _capture(network: Pretraining, config: Config, runtime: Runtime) -> None:

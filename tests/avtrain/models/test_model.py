@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -257,3 +260,19 @@ def test_presets_see_motion(preset: str) -> None:
     with torch.no_grad():
         forwards, backwards = cnn(pixels), cnn(pixels.flip(2))
     assert (forwards - backwards).norm() > 0.02 * forwards.norm()
+
+
+def test_a_narrow_audio_cnn_trains_on_two_threads() -> None:
+    """In a process of its own: oneDNN's strided 1 x 1 convolution of few channels ends it, or corrupts its memory."""
+    code = ("import torch; from avtrain.models.cnn import AudioCNN\n"
+            "torch.set_num_threads(2); n = AudioCNN(8, (2, 1), 2)\n"
+            "for _ in range(30): n(torch.randn(9, 1, 32, 32)).sum().backward()")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120,
+                          cwd=Path(__file__).parents[3])
+    assert done.returncode == 0, done.stderr[-300:]
+
+
+def test_that_convolution_is_torchs() -> None:
+    own = Conv2d(8, 32, 1, stride=2, bias=False).double()
+    x = torch.randn(3, 8, 10, 12, dtype=torch.float64)
+    assert torch.allclose(own(x), torch.nn.functional.conv2d(x, own.weight, stride=2), atol=1e-12)

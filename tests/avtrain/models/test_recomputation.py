@@ -27,16 +27,6 @@ SMALL = ModelConfig(visual_width=8, visual_blocks=(2, 1, 1), audio_width=8, audi
 SEGMENTS = 3
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """With more, torch 2.13 on a CPU writes where it must not, in the backward pass of strided 1 x 1 convolutions of
-    fewer than 16 channels, channels-last, in float32."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Noise(nn.Module):
     """Network and losses on noise, at the same start values whatever is recomputed."""
 

@@ -15,9 +15,9 @@ from avtrain.data.loader import batches
 from avtrain.data.order import at_epoch, fixed_order
 from avtrain.data.shards import open_folders
 from avtrain.engine import Run
+from avtrain.pretraining.draw import draw_for
 from avtrain.pretraining.module import Pretraining
 from avtrain.pretraining.optimizer import pretraining_optimizer
-from avtrain.pretraining.pretrain import draw_for
 from avtrain.run_folder import RunFolder
 from avtrain.runtime import choose_runtime, seed_everything
 
@@ -58,7 +58,7 @@ def test_steps_on_two_real_clips_lower_the_loss(media, avprep, tmp_path, capsys)
 
     def step(batch, part=0):
         torch.manual_seed(0)  # the same dropout and, below, the same masks and negatives: what is left is learning
-        result = network(*batch.tensors(runtime.device), draw_for(batch, config, 0, 0))
+        result = network(*batch.tensors(runtime.device), draw_for(batch, config, 0, config.training.seed, 0))
         return result.loss, result.parts
 
     def loss_now():
