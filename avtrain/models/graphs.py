@@ -48,7 +48,8 @@ def capture(model: AVBert, visual: Tensor, audio: Tensor, draws: int, precision:
     """
     clips, segments = visual.shape[:2]
     modules: list[nn.Module] = [model.visual_cnn, model.audio_cnn]
-    samples: list[tuple[Tensor, ...]] = [(visual.flatten(0, 1),), (audio.flatten(0, 1),)]
+    # Copies: a graph reads its inputs from where the samples lie, and whatever it gets is written there.
+    samples: list[tuple[Tensor, ...]] = [(visual.flatten(0, 1).clone(),), (audio.flatten(0, 1).clone(),)]
     if transformers:
         modules.append(_Transformers(model).train(model.training))
         local = (torch.randn(draws * clips, segments, model.config.dimension, device=visual.device, requires_grad=True)

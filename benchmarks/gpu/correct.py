@@ -19,6 +19,7 @@ from avtrain.config import Config
 from avtrain.models import forms
 from avtrain.models.avbert import AVBert
 from avtrain.models.cnn import Conv2d, Conv3d
+from benchmarks.gpu import parts
 from benchmarks.gpu.report import Figures, Report
 from benchmarks.gpu.steps import PLAIN
 from benchmarks.gpu.whole import half_precision, relative, single_precision
@@ -46,6 +47,7 @@ def run(report: Report, config: Config, device: torch.device, reference: Path | 
         if device.type == "cuda":
             report.measure("BatchNorm + shortcut + ReLU in one, against float64", lambda: fused_norms(device))
             report.measure("stem's input and pooling by our kernels, float32", lambda: stem(device))
+            parts.run(report, config, device)
         if reference is not None:
             report.measure("the released code's outputs, float32", lambda: released(reference, device))
         single_precision(report, config, device)
