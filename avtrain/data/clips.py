@@ -18,6 +18,7 @@ from avtrain.data.decode import ClipUnreadable, Planes, decode_frames, decode_lo
 from avtrain.data.loader import Batch
 from avtrain.data.manifest import ClipRow
 from avtrain.data.order import Wanted
+from avtrain.data.presence import presence, starts_possible
 from avtrain.data.shards import ShardFolder, ShardReader
 from avtrain.data.views import Views, start_frames
 from avtrain.errors import AvtrainError, Unreadable
@@ -143,25 +144,26 @@ class ClipDataset(Dataset[Any]):
         return [self._seed, wanted.epoch, *wanted.place, *parts]
 
     def _starts(self, row: ClipRow, part: int | None, random: Generator | None) -> list[int]:
-        """The stored frame that each segment starts with, whether picture or sound is there or not."""
-        seen = row.frames if self._modality != "audio" else 0
-        heard = row.mel_frames // self.config.mel_frames if self._modality != "visual" else 0
+        """The stored frame that each segment starts with, where picture or sound is there."""
         if self.views is None:
-            there = max(seen // self._length, heard, 1)
-            count = min(there, self.config.segments)
-            first = int(random.integers(there - count + 1)) if random is not None else 0
-            return [(first + number) * self._length for number in range(count)]
+            first = int(random.integers(starts_possible(row, self.config, self._length))) if random is not None else 0
+            return [(first + number) * self._length for number in range(self._there(row).any(0).sum())]
+        seen = row.frames if self._modality != "audio" else 0
         length = seen or row.mel_frames * self._length // self.config.mel_frames
         if random is not None and self.views.random_start:
             return [int(random.integers(max(0, length - self._length) + 1))]
         starts = start_frames(length, self._length, self.views.clips)
         return starts if part is None else starts[part:part + 1]
 
+    def _there(self, row: ClipRow) -> NDArray[np.bool_]:
+        """`presence` of a whole clip's segments."""
+        return presence(row, self.config, self._length)
+
     def _seen(self, row: ClipRow, starts: list[int]) -> list[int]:
-        """The starts of the segments that have a picture. A video shorter than a segment still gives one."""
+        """The starts of the segments that have a picture; the last one's last frame may have to be held."""
         if self.views is not None:
             return starts if row.frames else []
-        return [start for start in starts if row.frames >= start + self._length or row.frames and not start]
+        return starts[:self._there(row)[0].sum()]
 
     def _squares(self, random: Generator | None) -> list[View]:
         """The crops: one that is drawn, or the fixed ones."""
@@ -198,15 +200,15 @@ class ClipDataset(Dataset[Any]):
 
     def _heard(self, row: ClipRow, log_mel: bytes, starts: list[int],
                random: Generator | None) -> tuple[Tensor, Tensor]:
-        """(segments, mels, frames), and of each whether it is there: all of it, in views half; or all there is."""
+        """(segments, mels, frames), and of each whether it is there: half of it, or all there is."""
         length, total = self.config.mel_frames, row.mel_frames
         firsts = [round(start * length / self._length) for start in starts]
-        least = min(total, length if self.views is None else max(1, length // 2))
+        least = min(total, (length + 1) // 2)
         if self.views is None:
+            firsts = firsts[:self._there(row)[1].sum()]
             if random is not None and (self._modality == "audio" or not row.frames):  # not bound to pictures' segments
-                first = int(random.integers(max(0, total - len(starts) * length) + 1))
-                firsts = [first + number * length for number in range(len(starts))]
-            firsts = [first for first in firsts if total - first >= least]
+                first = int(random.integers(max(0, total - len(firsts) * length) + 1))
+                firsts = [first + number * length for number in range(len(firsts))]
         spectrogram = decode_log_mel(log_mel)
         if spectrogram.shape != (self.config.mels, total):
             raise ClipUnreadable(f"its log-mel has {' x '.join(map(str, spectrogram.shape))} values, its row says "
