@@ -131,10 +131,11 @@ def _count(config: Config) -> dict[str, int]:
 @going_on_options
 @click.option("--max-steps", type=click.IntRange(1), help="Stop after this step, with a checkpoint.")
 @click.option("--max-time", type=Number(0.01), help="Stop after so many minutes, with a checkpoint.")
-@runtime_options
+@runtime_options("float64")
 def pretrain(shards: tuple[str, ...], test_shards: tuple[str, ...], preset: str, overrides: tuple[str, ...], out: Path,
              force: bool, max_steps: int | None, max_time: float | None, device: str | None, precision: str) -> None:
     """Pretrain a model from scratch on shards. Run again, a run that was stopped goes on to the same losses."""
+    from avtrain import ranks
     from avtrain.config import read_config
     from avtrain.pretraining.pretrain import pretrain as run_pretraining
     from avtrain.pretraining.report import PAGE, held_out_text, is_current, write_report
@@ -145,13 +146,18 @@ def pretrain(shards: tuple[str, ...], test_shards: tuple[str, ...], preset: str,
     train = [_split_of(location, "train") or location for location in shards]
     test = list(test_shards) or [there for location in shards
                                  if (there := _split_of(location, "test") or _split_of(location, "val"))]
+    runtime = choose_runtime(device, precision)
     try:
-        run = run_pretraining(config, train, test, out, choose_runtime(device, precision), force, max_steps,
-                              60 * max_time if max_time else None)
+        ranks.begin(runtime.device)
+        run = run_pretraining(config, train, test, out, runtime, force, max_steps, 60 * max_time if max_time else None)
     except KeyboardInterrupt:
-        if RunFolder(out).lines():
+        if ranks.rank() == 0 and RunFolder(out).lines():
             write_report(out)
         raise
+    first = ranks.rank() == 0
+    ranks.end()
+    if not first:
+        return
     if run.made == 0:
         click.echo(f"{out} is at step {run.step} already: nothing is left to do (--force begins anew)")
     page = out / PAGE
@@ -192,7 +198,7 @@ def _split_of(location: str, split: str) -> str | None:
               help="Folder of the results.  [default: runs/eval/TASK-PROTOCOL-MODALITY-START[-splitN]]")
 @click.option("--cache", type=FOLDER, default=Path("runs/features"), help="Folder of frozen features.")
 @going_on_options
-@runtime_options
+@runtime_options()
 def evaluate(task: str, checkpoint: Path | None, init: str | None, preset: str | None, protocol: str | None,
              recipe: str, split: str, modality: str | None, shards: Path, validation: float, seed: int,
              overrides: tuple[str, ...], out: Path | None, cache: Path, force: bool, device: str | None,
@@ -282,7 +288,7 @@ def _evaluate_all(transferred: Callable[[Trial, list[str]], dict[str, Any]],
 @click.option("-o", "--output", type=FILE, required=True, help="The .parquet file to write.")
 @set_option("embed", "May be repeated.", "data.FIELD=VALUE")
 @click.option("--cache", type=FOLDER, default=Path("runs/features"), help="Folder of frozen features.")
-@runtime_options
+@runtime_options()
 def embed(checkpoint: Path, shards: tuple[str, ...], output: Path, overrides: tuple[str, ...], cache: Path,
           device: str | None, precision: str) -> None:
     """Write embeddings of clips: one row a clip and segment (key, labels, time_s, visual, audio, multimodal).
@@ -324,7 +330,7 @@ def _embedder(checkpoint: Path, overrides: tuple[str, ...]) -> Start:
 @click.option("-o", "--output", type=FILE, default=Path("runs/retrieval.png"), help="The picture to draw.")
 @set_option("retrieve", "May be repeated.", "data.FIELD=VALUE")
 @click.option("--cache", type=FOLDER, default=Path("runs/features"), help="Folder of frozen features.")
-@runtime_options
+@runtime_options()
 def retrieve(checkpoint: Path, shards: Path, output: Path, overrides: tuple[str, ...], cache: Path,
              device: str | None, precision: str) -> None:
     """Find the pictures that go with a sound, and the sounds that go with a picture."""

@@ -166,6 +166,9 @@ class ObjectivesConfig:
     """Weight of masked prediction in the multimodal Transformer."""
     pair: Amount = 1.0
     """Weight of correct pair prediction: alpha in the paper."""
+    negatives_from: Literal["global", "local"] = "global"
+    """Of several processes, whose clips negatives and wrong pairs' sounds come from: all (global) or each its own
+    (local)."""
     draws: Count = 1
     """Times that masks, wrong pairs and negatives are drawn for a batch; the CNNs run once."""
 
@@ -178,9 +181,12 @@ class TrainingConfig:
     """Optimiser, schedule, and when to look at the run."""
 
     batch_size: Count = 256
-    """Clips of an optimiser step, over all ranks and accumulated parts."""
-    accumulate: Count = 1
-    """Parts that a batch is computed in, one after the other; negatives come from within a part."""
+    """Clips of an optimiser step, of all processes and parts."""
+    micro_batch: Count | None = None
+    """Clips that a process computes at once: it takes its share of a batch in so large parts, one after the other.
+    BatchNorm, wrong pairs and negatives see a part of all processes. none: the share is one part."""
+    sync_batchnorm: bool = True
+    """Of several processes, BatchNorm measures all clips of a part; false: each process its own."""
     steps: Count = 220_000
     """Optimiser steps of the whole run: the schedule's length."""
     learning_rate: Amount = 1e-4
@@ -207,8 +213,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "training")
-        check(self.batch_size % self.accumulate == 0, "training.batch_size", self.batch_size,
-              f"a multiple of training.accumulate ({self.accumulate})")
+        size = self.micro_batch or self.batch_size
+        check(self.batch_size % size == 0, "training.micro_batch", size,
+              f"a divisor of training.batch_size ({self.batch_size})")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from avtrain import ranks
 from avtrain.config import TrainingConfig
 from avtrain.errors import AvtrainError
 from avtrain.progress import bar_options
@@ -25,25 +27,33 @@ _MOST_BAD_STEPS = 10
 class Batches(Protocol):
     """What the loop needs of the data."""
 
+    @property
+    def batch_size(self) -> int:
+        """Clips of a step, of all processes."""
+
+    @property
+    def parts(self) -> int:
+        """That a process takes its share of them in."""
+
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Clips, or views of them, of an epoch."""
 
-    def starting_at(self, epoch: int, batch: int) -> Iterator[Any]:
-        """The batches from that one on, over the epochs and without end, the same every time."""
+    def starting_at(self, first: int) -> Iterator[Any]:
+        """This process's parts of the batches from that clip on, over the epochs and without end, the same every
+        time."""
 
 
-# (batch, its number among the parts of the step) -> (loss, figures to log, scalars on the device); called with
-# gradients on, inside autocast.
+# (part of a batch, its number) -> (its share of the loss; of the figures to log, scalars on the device): the shares of
+# all parts and processes add up. Called with gradients on, inside autocast.
 Step = Callable[[Any, int], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass
 class Position:
-    """How far the run is: optimiser steps, and where in the data. The next batch is `batch` of `epoch`."""
+    """How far the run is: optimiser steps, and clips of the data, counted over its epochs."""
 
     step: int = 0
-    epoch: int = 0
-    batch: int = 0
+    clips: int = 0
     skipped_steps: int = 0
 
 
@@ -87,24 +97,27 @@ class Run:
         end = last_step(self.config, max_steps)
         if self.position.step >= end:
             return
-        if self.position.step == 0:
+        first = ranks.rank() == 0  # it alone writes
+        if self.position.step == 0 and first:
             self.folder.begin()
         started, self.bad_steps = time.monotonic(), 0
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         finite = FiniteSteps(list(self.modules.values()), parameters[0].device)
-        supply, span = self._supply(batches), _Span()
-        with SummaryWriter(str(self.folder.tensorboard), purge_step=self.position.step + 1) as writer, tqdm(
-                initial=self.position.step, total=end, desc="train", unit="step", **bar_options()) as bar:
+        supply, span = batches.starting_at(self.position.clips), _Span()
+        with (SummaryWriter(str(self.folder.tensorboard), purge_step=self.position.step + 1) if first
+              else nullcontext() as writer,
+              tqdm(initial=self.position.step, total=end, desc="train", unit="step", **bar_options()) as bar):
             while self.position.step < end and not (max_time_s and time.monotonic() - started >= max_time_s):
                 rate = learning_rate(self.position.step, self.config)
                 for group in self._optimizer.param_groups:
                     group["lr"] = rate * group.get("rate_scale", 1.0)
-                figures = self._accumulate(step, supply, autocast, span)
+                figures = self._accumulate(step, supply, batches.parts, autocast, span)
                 norm = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm or math.inf)
                 self._optimizer.found_inf = finite.after(figures["loss"], norm)  # type: ignore[attr-defined]
                 self._optimizer.step()
                 self._optimizer.zero_grad(set_to_none=not self.config.cuda_graphs)
                 self.position.step += 1
+                self.position.clips += batches.batch_size
                 bar.update()
                 intervals = (self.config.log_every, self.config.evaluate_every, self.config.save_every)
                 logs, evaluates, saves = (self.position.step == end or self.position.step % interval == 0
@@ -116,9 +129,11 @@ class Run:
                     raise self._diverged()
                 if logs or evaluates:
                     line = {name: float(value) for name, value in figures.items()}
-                    line |= {"learning_rate": rate, "gradient_norm": float(norm), **span.figures(),
-                             "memory_mib": _memory_mib(), "skipped_steps": self.position.skipped_steps}
-                    self._log(line | (evaluate() if evaluates else {}), writer)
+                    line |= {"epoch": self.position.clips // len(batches), "learning_rate": rate,
+                             "gradient_norm": float(norm), **span.figures(), "memory_mib": _memory_mib(),
+                             "skipped_steps": self.position.skipped_steps}
+                    if first:
+                        self._log(line | (evaluate() if evaluates else {}), writer)
                     bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
                     span = _Span()
                 if saves and self.bad_steps == 0:
@@ -140,18 +155,9 @@ class Run:
                             "training.learning_rate (in a transfer: transfer.head_rate, transfer.backbone_rate), or "
                             "--precision float32")
 
-    def _supply(self, batches: Batches) -> Iterator[Any]:
-        """All batches from the position on; moves the position as they are taken."""
-        for batch in batches.starting_at(self.position.epoch, self.position.batch):
-            self.position.batch += 1
-            if self.position.batch == len(batches):
-                self.position.epoch, self.position.batch = self.position.epoch + 1, 0
-            yield batch
-
-    def _accumulate(self, step: Step, supply: Iterator[Any], autocast: Callable[[], Any],
+    def _accumulate(self, step: Step, supply: Iterator[Any], parts: int, autocast: Callable[[], Any],
                     span: _Span) -> dict[str, Tensor]:
-        """Gradients of one optimiser step, from all its parts; mean figures."""
-        parts = self.config.accumulate
+        """Gradients of one optimiser step, from all its parts; figures of the whole batch."""
         total: dict[str, Tensor] = {}
         for part in range(parts):
             asked = time.monotonic()
@@ -159,25 +165,32 @@ class Run:
             span.took(time.monotonic() - asked, len(batch.keys))
             with autocast():
                 loss, figures = step(batch, part)
-            (loss / parts).backward()
+            # Averaged over the processes, where their shares are to be added up.
+            (loss * ranks.ranks()).backward()
             for name, value in {"loss": loss.detach(), **figures}.items():
-                total[name] = total[name] + value / parts if name in total else value / parts
-        return total
+                total[name] = total[name] + value if name in total else value
+        of_all = ranks.summed(torch.stack([value.detach() for value in total.values()]))
+        return dict(zip(total, of_all, strict=True))
 
     def _log(self, figures: dict[str, float], writer: Any) -> None:
-        self.folder.log({"step": self.position.step, "epoch": self.position.epoch, **figures})
+        self.folder.log({"step": self.position.step, **figures})
         for name, value in figures.items():
             writer.add_scalar(name, value, self.position.step)
 
-    def save(self) -> Path:
-        """Write a checkpoint, whole or not at all, and delete the oldest ones."""
+    def save(self) -> None:
+        """Write a checkpoint, whole or not at all, and delete the oldest ones; the first process does."""
+        if ranks.rank():
+            return
         state = {"modules": {name: module.state_dict() for name, module in self.modules.items()},
                  "optimizer": self._optimizer.state_dict(), "position": vars(self.position),
                  "torch_random": torch.get_rng_state(), "cuda_random": torch.cuda.get_rng_state_all()}
-        return self.folder.save(self.position.step, state, self._save_weights, self.config.keep)
+        self.folder.save(self.position.step, state, self._save_weights, self.config.keep)
 
-    def go_on(self) -> bool:
+    def go_on(self, batches: Batches) -> bool:
         """Go back to the last checkpoint: weights, optimiser, position, all random states; later metrics are dropped.
+
+        Args:
+            batches: that the run goes on with.
 
         Returns:
             Whether there was one.
@@ -198,12 +211,22 @@ class Run:
             reason = " ".join(str(error).split())[:200]
             raise AvtrainError(f"{self.folder.last_checkpoint()} is of a run with other settings: {reason}; --force "
                                "begins anew") from error
-        self.position = Position(**state["position"])
+        self.position = _position_of(state["position"], batches)
         torch.set_rng_state(state["torch_random"])
         if state["cuda_random"]:
             torch.cuda.set_rng_state_all(state["cuda_random"])
-        self.folder.drop_lines_after(self.position.step)
+        if ranks.rank() == 0:
+            self.folder.drop_lines_after(self.position.step)
         return True
+
+
+def _position_of(saved: dict[str, int], batches: Batches) -> Position:
+    """As it was saved; earlier versions counted the parts of each epoch, of which the last could be smaller."""
+    if "batch" not in saved:
+        return Position(**saved)
+    size = batches.batch_size // batches.parts
+    clips = saved["epoch"] * len(batches) + min(len(batches), saved["batch"] * size)
+    return Position(saved["step"], clips, saved["skipped_steps"])
 
 
 class FiniteSteps:
@@ -225,18 +248,20 @@ class FiniteSteps:
 
     @torch.no_grad()
     def after(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Count the step; where it was not finite, take the buffers back. 1 if it was not, else 0."""
+        """Count the step; where it was not finite, take the buffers back. 1 if it is to be skipped, else 0: where it
+        was not finite, or where no gradient came, as of clips that can't be read."""
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         for buffers, good in self._buffers:
             good.copy_(torch.where(bad, good, _joined(buffers)))
             parts = good.split([buffer.numel() for buffer in buffers])
             torch._foreach_copy_(buffers, [part.view_as(one) for part, one in zip(parts, buffers, strict=True)])
         self._in_a_row = (self._in_a_row + 1) * bad
-        self._skipped = self._skipped + bad
-        return bad.float()
+        skipped = bad | (norm == 0)
+        self._skipped = self._skipped + skipped
+        return skipped.float()
 
     def read(self) -> tuple[int, int]:
-        """(the last steps in a row that were not finite, all of them since it was read before)."""
+        """(the last steps in a row that were not finite, all that were skipped since it was read before)."""
         found = int(self._in_a_row), int(self._skipped)
         self._skipped = torch.zeros_like(self._skipped)
         return found

@@ -30,11 +30,15 @@ def set_option(command: str, help_text: str, metavar: str = "SECTION.FIELD=VALUE
                         envvar=f"AVTRAIN_{command.upper()}_SET")
 
 
-def runtime_options(command: _Command) -> _Command:
-    """--device and --precision."""
-    precision = click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto",
-                             help="auto: bfloat16 where the hardware has it.")
-    return click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]")(precision(command))
+def runtime_options(*more: str) -> Callable[[_Command], _Command]:
+    """--device and --precision, which may be one of these more."""
+    def added(command: _Command) -> _Command:
+        precision = click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32", *more]),
+                                 default="auto", help="auto: bfloat16 where the hardware has it.")
+        device = click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]")
+        return device(precision(command))
+
+    return added
 
 
 def going_on_options(command: _Command) -> _Command:

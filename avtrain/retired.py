@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from avtrain.errors import AvtrainError
@@ -14,10 +14,18 @@ class Retired(NamedTuple):
     Attributes:
         now: the field's name today, in the same section; "": it is gone.
         instead: what to do where it is gone, for people who still set it.
+        became: what a section that was written with it has instead.
     """
 
     now: str = ""
     instead: str = ""
+    became: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda section: {}
+
+
+def _micro_batch(section: Mapping[str, Any]) -> dict[str, Any]:
+    """So many parts of a batch as clips of a part."""
+    parts = section["accumulate"]
+    return {"micro_batch": section["batch_size"] // parts} if parts > 1 and "batch_size" in section else {}
 
 
 # Old names of fields. Renamed ones are read wherever they stand. Those that are gone are passed over where an earlier
@@ -25,6 +33,10 @@ class Retired(NamedTuple):
 RETIRED = {
     "model.log_mel_deviation": Retired(now="log_mel_std"),
     "model.segments_at_once": Retired(instead="model.stages_recomputed saves memory, and changes nothing else"),
+    "transfer.accumulate": Retired(instead="transfer.micro_batch says how many clips are computed at once",
+                                   became=_micro_batch),
+    "training.accumulate": Retired(instead="training.micro_batch says how many clips are computed at once",
+                                   became=_micro_batch),
 }
 
 
@@ -45,6 +57,5 @@ def current_names(section: str, values: Mapping[str, Any], written: bool) -> dic
             raise AvtrainError(f"{section}.{name}: there is no such setting any more; {retired.instead}")
         if retired.now != name and retired.now in values:
             raise AvtrainError(f"{section}.{name}: is called {section}.{retired.now} now; leave one of the two out")
-        if retired.now:
-            found[retired.now] = value
+        found.update({retired.now: value} if retired.now else retired.became(values))
     return found

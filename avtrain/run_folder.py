@@ -39,7 +39,7 @@ class RunFolder:
         """Add a line to the metrics."""
         self.path.mkdir(parents=True, exist_ok=True)
         with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(_text_of({name: round(value, 6) if isinstance(value, float) else value
+            file.write(_text_of({name: float(f"{value:.10g}") if isinstance(value, float) else value
                                  for name, value in line.items()}))
 
     def lines(self) -> list[Line]:

@@ -8,18 +8,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from avtrain import ranks
 from avtrain.errors import AvtrainError, in_a_line
 
-PRECISIONS = ("auto", "bfloat16", "float32")
+PRECISIONS = ("auto", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Device, number type of autocast (None: float32 throughout)."""
+    """Device, number type of autocast (None: that of the weights throughout), and of weights."""
 
     device: torch.device
     autocast_dtype: torch.dtype | None
+    dtype: torch.dtype = torch.float32
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context that forward passes run in."""
@@ -29,19 +32,24 @@ class Runtime:
 
 
 def choose_runtime(device: str | None, precision: str) -> Runtime:
-    """The device (None: a GPU if there is one) and precision (auto: bfloat16 where the hardware has it).
+    """The device (None: a GPU if there is one; of several processes, each one its own) and precision (auto: bfloat16
+    where the hardware has it; float64 is for tests).
 
     Raises:
         AvtrainError: there is no such device.
     """
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        _, count, local = ranks.started_with()
+        if count > 1 and chosen.type == "cuda" and chosen.index is None:
+            chosen = torch.device("cuda", local)
+            torch.cuda.set_device(chosen)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise AvtrainError(f"--device {device}: {in_a_line(error)}") from error
     fast = torch.cuda.is_bf16_supported() if chosen.type == "cuda" else _cpu_has_bfloat16()
     use = precision == "bfloat16" or (precision == "auto" and fast)
-    return Runtime(chosen, torch.bfloat16 if use else None)
+    return Runtime(chosen, torch.bfloat16 if use else None, torch.float64 if precision == "float64" else torch.float32)
 
 
 def _cpu_has_bfloat16() -> bool:
@@ -59,3 +67,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """float64 stays, and what is less precise becomes float32."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -85,14 +85,20 @@ class ClipDataset(Dataset[Any]):
             batch.keys += [row.key] * self._rows(one)
             batch.labels += [row.labels] * self._rows(one)
             batch.places += [place] * self._rows(one)
-        return Batch(batch.visual[:filled], batch.audio[:filled], batch.visual_present[:filled],
-                     batch.audio_present[:filled], batch.labels, batch.keys, batch.places, batch.unreadable)
+        visual_present, audio_present = batch.visual_present[:filled], batch.audio_present[:filled]
+        return Batch(_there(batch.visual[:filled], visual_present), _there(batch.audio[:filled], audio_present),
+                     visual_present, audio_present, batch.labels, batch.keys, batch.places, batch.unreadable, len(at))
+
+    def presence(self, wanted: Wanted) -> NDArray[np.bool_]:
+        """(2, segments): which segments of a whole clip have picture, and which sound, once it can be read."""
+        return self._there(self.folder.rows.at(wanted.place))
 
     def batch_bytes(self, at: Sequence[tuple[Any, ...]]) -> int:
         """How large the batch of what is wanted can be."""
         config, side = self.config, self._side if self._modality != "audio" else 0
         segments = sum(self._rows(one) * self._segments(one) for one in (Wanted(*place) for place in at))
-        return segments * (3 * config.segment_frames * side**2 + 4 * config.mels * config.mel_frames)
+        sound = 4 * config.mels * config.mel_frames if self._modality != "visual" else 0
+        return segments * (3 * config.segment_frames * side**2 + sound)
 
     def _starts_of(self, wanted: Wanted) -> int:
         """How many segments are taken of a clip."""
@@ -221,3 +227,9 @@ class ClipDataset(Dataset[Any]):
         if random is not None:
             segments = augmented_log_mel(segments, self._sound, random)
         return torch.from_numpy(segments), torch.tensor([total - first >= least for first in firsts], dtype=torch.bool)
+
+
+def _there(values: Tensor, present: Tensor) -> Tensor:
+    """(rows, segments, ...) -> (there, ...); nothing is copied where all are."""
+    flat = values.flatten(0, 1)
+    return flat if bool(present.all()) else flat[present.flatten()]

@@ -13,24 +13,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from avtrain.data.handover import AHEAD, Packed, begin, check_room, in_flight_bytes, unpacked
-from avtrain.data.order import Wanted
+from avtrain.data.order import Cut, Wanted
 from avtrain.errors import TooManyUnreadable, Unreadable
 
 MOST_UNREADABLE = 0.01
+PIECE_BYTES = 40 * 2**20  # eight workers of a loader then hold less than 1 GB: two of the paper's clips at a time
 
 
 @dataclass
 class Batch:
-    """Rows of one batch: clips, or views of them. What is absent is marked in the presence masks.
+    """Rows of one batch: clips, or views of them. Only segments that are there are held, row by row.
 
     Attributes:
-        visual: (batch, segments, 3, frames, height, width) uint8.
-        audio: (batch, segments, 1, mels, frames) float32 log-mel.
-        visual_present, audio_present: (batch, segments) boolean.
+        visual: (seen, 3, frames, height, width) uint8, the segments that have a picture.
+        audio: (heard, 1, mels, frames) float32 log-mel, those that have sound.
+        visual_present, audio_present: (batch, segments) boolean, which these are.
         labels: indices of the classes of each row's clip.
         keys: of each row's clip.
         places: of each row's clip among those that were asked for.
         unreadable: the clips that are missing here because they could not be decoded.
+        asked: how many clips were asked for.
     """
 
     visual: Tensor
@@ -41,23 +43,60 @@ class Batch:
     keys: list[str]
     places: list[int] = field(default_factory=list)
     unreadable: list[Unreadable] = field(default_factory=list)
+    asked: int = 0
 
-    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(visual, audio, visual_present, audio_present) on the device.
+    def segments(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(visual, audio) on the device.
 
         They are copied from pinned memory on a stream of their own, beside what the device is still computing.
         """
-        here = (self.visual, self.audio, self.visual_present, self.audio_present)
         if device.type != "cuda":
-            visual, audio, visual_present, audio_present = (tensor.to(device) for tensor in here)
-            return visual, audio, visual_present, audio_present
+            return self.visual.to(device), self.audio.to(device)
         beside, current = _copies(device), torch.cuda.current_stream(device)
         with torch.cuda.stream(beside):
-            copied = [tensor.pin_memory().to(device, non_blocking=True) for tensor in here]
+            copied = [tensor.pin_memory().to(device, non_blocking=True) for tensor in (self.visual, self.audio)]
         current.wait_stream(beside)
         for tensor in copied:
             tensor.record_stream(current)
-        return copied[0], copied[1], copied[2], copied[3]
+        return copied[0], copied[1]
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(visual, audio, visual_present, audio_present) on the device, as `AVBert.forward` takes them: all of
+        (batch, segments, ...), zeros where there is nothing."""
+        presence = (self.visual_present, self.audio_present)
+        visual, audio = (_spread(values, present) for values, present
+                         in zip(self.segments(device), presence, strict=True))
+        return visual, audio, *(present.to(device) for present in presence)  # type: ignore[return-value]
+
+
+def _spread(values: Tensor, present: Tensor) -> Tensor:
+    """(there, ...) and the (batch, segments) mask of these -> (batch, segments, ...)."""
+    if len(values) != present.numel():
+        here = present.flatten().nonzero().squeeze(1).to(values.device, non_blocking=True)
+        values = values.new_zeros(present.numel(), *values.shape[1:]).index_copy(0, here, values)
+    return values.view(*present.shape, *values.shape[1:])
+
+
+def joined(pieces: Sequence[Batch], pin_memory: bool = False) -> Batch:
+    """The rows of all pieces, which were asked for one after the other: a part of a step's batch.
+
+    Args:
+        pin_memory: they are put where a GPU can copy them from.
+    """
+    if len(pieces) == 1:
+        return pieces[0]
+    visual, audio, *presence = (
+        torch.cat(tensors, out=torch.empty((sum(map(len, tensors)), *tensors[0].shape[1:]), dtype=tensors[0].dtype,
+                                           pin_memory=pin_memory))
+        for tensors in zip(*((piece.visual, piece.audio, piece.visual_present, piece.audio_present)
+                             for piece in pieces), strict=True))
+    places, before = [], 0
+    for piece in pieces:
+        places += [before + place for place in piece.places]
+        before += piece.asked
+    return Batch(visual, audio, presence[0], presence[1], [labels for piece in pieces for labels in piece.labels],
+                 [key for piece in pieces for key in piece.keys], places,
+                 [one for piece in pieces for one in piece.unreadable], before)
 
 
 @lru_cache
@@ -108,38 +147,69 @@ def batches(dataset: Supplier, items: Iterable[Sequence[Any]], workers: int) -> 
 
 
 class Epochs:
-    """The batches of every epoch, from any place on.
+    """The batches of a run, over the epochs and without end, in parts, from any place on.
+
+    What one epoch leaves over begins the next one's first batch: every clip is seen once an epoch, and no batch is
+    smaller than the others. Workers make small pieces, so that little shared memory is held.
 
     Args:
         dataset: makes them.
-        of_epoch: what each batch of an epoch is made of.
-        count: how many batches each epoch has.
+        clips_of: what an epoch shows, from one place of it to another.
+        count: how much an epoch shows.
+        cut: of each batch.
         clips: how many clips the data has.
         workers: processes.
+        pin_memory: parts lie where a GPU can copy them from.
     """
 
-    def __init__(self, dataset: Supplier, of_epoch: Callable[[int], Iterable[Sequence[Wanted]]], count: int, clips: int,
-                 workers: int) -> None:
-        self._dataset, self._of_epoch, self._count, self._workers = dataset, of_epoch, count, workers
-        self._unreadable = UnreadableCount(clips)
+    def __init__(self, dataset: Supplier, clips_of: Callable[[int, int, int], list[Wanted]], count: int, cut: Cut,
+                 clips: int, workers: int, pin_memory: bool = False) -> None:
+        self._dataset, self._clips_of, self._count, self._workers = dataset, clips_of, count, workers
+        self._unreadable, self._pin_memory, self.cut = UnreadableCount(clips), pin_memory, cut
+        self._piece = max(1, PIECE_BYTES // max(1, dataset.batch_bytes(clips_of(0, 0, 1))))
 
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def batch_size(self) -> int:
+        """Clips of a step, of all processes."""
+        return self.cut.batch_size
+
+    @property
+    def parts(self) -> int:
+        """That this process takes its share of them in."""
+        return self.cut.parts
+
     def in_flight_bytes(self) -> int:
-        """Shared memory that the workers' batches can take."""
-        return in_flight_bytes(self._dataset.batch_bytes(next(self._from(0, 0))), self._workers)
+        """Shared memory that the workers' pieces can take."""
+        return in_flight_bytes(self._dataset.batch_bytes(next(self._pieces(0))), self._workers)
 
-    def starting_at(self, epoch: int, batch: int) -> Iterator[Batch]:
-        """The batches from there on, over the epochs, without end."""
-        for one in batches(self._dataset, self._from(epoch, batch), self._workers):
-            self._unreadable.add(one.unreadable)
-            yield one
+    def wanted(self, first: int) -> list[Wanted]:
+        """What the batch of all ranks holds that begins there, so many clips from the start of the first epoch."""
+        found: list[Wanted] = []
+        while (missing := self.cut.batch_size - len(found)) > 0:
+            epoch, place = divmod(first + len(found), self._count)
+            found += self._clips_of(epoch, place, min(place + missing, self._count))
+        return found
 
-    def _from(self, epoch: int, batch: int) -> Iterator[Sequence[Wanted]]:
+    def starting_at(self, first: int) -> Iterator[Batch]:
+        """This rank's parts of the batches from there on, without end."""
+        pieces = batches(self._dataset, self._pieces(first), self._workers)
         while True:
-            yield from itertools.islice(self._of_epoch(epoch), batch, None)
-            epoch, batch = epoch + 1, 0
+            part = joined(list(itertools.islice(pieces, -(-self.cut.micro_batch // self._piece))), self._pin_memory)
+            self._unreadable.add(part.unreadable)
+            yield part
+
+    def _pieces(self, first: int) -> Iterator[list[Wanted]]:
+        cut = self.cut
+        while True:
+            batch = self.wanted(first)
+            for of_all in range(0, cut.batch_size, cut.at_once):
+                start = of_all + cut.rank * cut.micro_batch
+                part = batch[start:start + cut.micro_batch]
+                yield from (part[at:at + self._piece] for at in range(0, len(part), self._piece))
+            first += cut.batch_size
 
 
 def readable(supply: Iterable[Batch], clips: int) -> Iterator[Batch]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from avtrain.config import ModelConfig
 from avtrain.models.cnn import AudioCNN, SlowFastCNN, VisualCNN
@@ -65,6 +66,7 @@ class AVBert(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.over_ranks = False
         visual_network = VisualCNN if config.visual == "slow50" else SlowFastCNN
         self.visual_cnn = visual_network(config.visual_width, config.visual_blocks, config.stages_recomputed)
         self.audio_cnn = AudioCNN(config.audio_width, config.audio_blocks, config.audio_stem_stride,
@@ -103,14 +105,11 @@ class AVBert(nn.Module):
         return AVBertOutput(*local, *tokens)
 
     def embed(self, visual: Tensor | None, audio: Tensor | None, visual_present: Tensor | None = None,
-              audio_present: Tensor | None = None,
-              here: tuple[Tensor | None, Tensor | None] = (None, None)) -> tuple[LocalEmbeddings, Tensor, Tensor]:
+              audio_present: Tensor | None = None) -> tuple[LocalEmbeddings, Tensor, Tensor]:
         """Each segment by itself: CNN, global average, Linear, LayerNorm.
 
         Args:
             visual, audio, visual_present, audio_present: as in `forward`.
-            here: (visual, audio) positions of the present segments, clip * segments + segment; where they are given,
-                the device isn't waited for.
 
         Returns:
             The embeddings, and both presence masks, (batch, segments), filled in where they were None.
@@ -119,12 +118,49 @@ class AVBert(nn.Module):
             ValueError: as `forward`.
         """
         batch, segments = self._clip_shape(visual, audio, visual_present, audio_present)
-        visual_pooled, visual_present = self._pool(self.visual_cnn, visual, visual_present, here[VISUAL], batch,
-                                                   segments)
-        audio_pooled, audio_present = self._pool(self.audio_cnn, audio, audio_present, here[AUDIO], batch, segments)
+        there: list[Tensor] = []
+        presence: list[Tensor] = []
+        here: list[Tensor | None] = []
+        for x, present in ((visual, visual_present), (audio, audio_present)):
+            flat = self.bos.new_zeros(0) if x is None else x.flatten(0, 1)
+            if x is not None and present is None:
+                here.append(None)
+                present = torch.ones(batch, segments, dtype=torch.bool, device=x.device)
+            elif x is None or present is None:
+                here.append(torch.zeros(0, dtype=torch.int64, device=self.bos.device))
+                present = torch.zeros(batch, segments, dtype=torch.bool, device=self.bos.device)
+            else:
+                positions = present.flatten().nonzero().squeeze(1)
+                here.append(positions)
+                flat = flat if len(positions) == len(flat) else flat[positions]
+            there.append(flat)
+            presence.append(present)
+        embedded = self.embed_segments(there[VISUAL], there[AUDIO], presence[VISUAL], presence[AUDIO],
+                                       (here[VISUAL], here[AUDIO]))
+        return embedded, presence[VISUAL], presence[AUDIO]
+
+    def embed_segments(self, visual: Tensor, audio: Tensor, visual_present: Tensor, audio_present: Tensor,
+                       here: tuple[Tensor | None, Tensor | None]) -> LocalEmbeddings:
+        """The same from the segments that are there alone; nothing on the device is waited for.
+
+        Args:
+            visual: (seen, 3, frames, height, width); not looked at where there are no positions.
+            audio: (heard, 1, mels, frames); the same.
+            visual_present, audio_present: (batch, segments) boolean.
+            here: (visual, audio) positions of these segments, clip * segments + segment; None: all.
+        """
+        visual_pooled = self._pool(self.visual_cnn, visual, visual_present.shape, here[VISUAL])
+        audio_pooled = self._pool(self.audio_cnn, audio, audio_present.shape, here[AUDIO])
         visual_local = self.visual_norm(self.visual_projection(visual_pooled)) * visual_present.unsqueeze(-1)
         audio_local = self.audio_norm(self.audio_projection(audio_pooled)) * audio_present.unsqueeze(-1)
-        return LocalEmbeddings(visual_pooled, audio_pooled, visual_local, audio_local), visual_present, audio_present
+        return LocalEmbeddings(visual_pooled, audio_pooled, visual_local, audio_local)
+
+    def measure_over_ranks(self) -> None:
+        """From now on, in training, BatchNorms measure the segments of all processes of the run."""
+        self.over_ranks = True
+        for norm in self.modules():
+            if isinstance(norm, _BatchNorm):
+                norm.over_ranks = True  # type: ignore[assignment]
 
     @torch.no_grad()
     def standardize(self, visual: Tensor | None, audio: Tensor | None, visual_present: Tensor | None = None,
@@ -196,27 +232,20 @@ class AVBert(nn.Module):
                                  "segments are wanted")
         return batch, segments
 
-    def _pool(self, cnn: VisualCNN | SlowFastCNN | AudioCNN, x: Tensor | None, present: Tensor | None,
-              here: Tensor | None, batch: int, segments: int) -> tuple[Tensor, Tensor]:
-        """(batch, segments, channels) from the present segments alone, zeros elsewhere; and the mask."""
-        if x is not None and present is None:
-            return (cnn(x.flatten(0, 1)).view(batch, segments, -1),
-                    torch.ones(batch, segments, dtype=torch.bool, device=x.device))
-        if x is None or present is None:
-            present = torch.zeros(batch, segments, dtype=torch.bool, device=self.bos.device)
-            return self._nothing(cnn, batch, segments), present
-        here = present.flatten().nonzero().squeeze(1) if here is None else here
-        if len(here) == 0:  # a BatchNorm has no statistics of nothing
-            return self._nothing(cnn, batch, segments), present
-        if len(here) == batch * segments:
-            return cnn(x.flatten(0, 1)).view(batch, segments, -1), present
-        pooled = cnn(x.flatten(0, 1)[here])
-        everywhere = pooled.new_zeros(batch * segments, cnn.outputs).index_copy(0, here, pooled)
-        return everywhere.view(batch, segments, -1), present
+    def _pool(self, cnn: VisualCNN | SlowFastCNN | AudioCNN, x: Tensor, shape: torch.Size,
+              here: Tensor | None) -> Tensor:
+        """(batch, segments, channels) from the segments that are there, zeros elsewhere."""
+        if here is not None and len(here) == 0 and not (self.over_ranks and self.training):
+            # A BatchNorm has no statistics of nothing, unless other processes have some.
+            return self._nothing(cnn, shape)
+        pooled: Tensor = cnn(x)
+        if here is not None and len(here) != shape.numel():
+            pooled = pooled.new_zeros(shape.numel(), cnn.outputs).index_copy(0, here, pooled)
+        return pooled.view(*shape, -1)
 
-    def _nothing(self, cnn: VisualCNN | SlowFastCNN | AudioCNN, batch: int, segments: int) -> Tensor:
+    def _nothing(self, cnn: VisualCNN | SlowFastCNN | AudioCNN, shape: torch.Size) -> Tensor:
         """Zeros, with a gradient of zero for every parameter: processes of one run must all have the same ones."""
-        zeros = self.bos.new_zeros(batch, segments, cnn.outputs)
+        zeros = self.bos.new_zeros(*shape, cnn.outputs)
         if torch.is_grad_enabled():
             zeros = zeros + 0 * torch.stack([parameter.sum() for parameter in cnn.parameters()]).sum()
         return zeros

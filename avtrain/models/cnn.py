@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from avtrain.models import forms
 from avtrain.models.recomputation import normed, recomputed
+from avtrain.models.synced_norm import is_over_ranks, normed_over_ranks
 
 EXPANSION = 4  # a bottleneck's outputs per inner channel
 
@@ -43,12 +44,13 @@ class VisualCNN(nn.Module):
 
     def forward(self, segments: Tensor) -> Tensor:
         """(segments, 3, frames, height, width), uint8 or normalised floats -> (segments, outputs)."""
+        weight = self.stem[0].weight
+        assert isinstance(weight, Tensor)
         if forms.ACTIVE.stem and segments.is_cuda and segments.shape[3] % 2 == segments.shape[4] % 2 == 0:
-            weight = self.stem[0].weight
-            assert isinstance(weight, Tensor)
             x = self.stem(forms.stem_convolution(segments, weight), first=1)
         else:
-            x = self.stem(forms.normalized(segments))  # (segments, width, frames / 2, height / 4, width / 4)
+            # (segments, width, frames / 2, height / 4, width / 4)
+            x = self.stem(forms.normalized(segments).to(weight.dtype))
         for stage in self.stages:
             x = stage(x)
         pooled: Tensor = x.mean((2, 3, 4))
@@ -90,7 +92,9 @@ class SlowFastCNN(nn.Module):
 
     def forward(self, segments: Tensor) -> Tensor:
         """(segments, 3, frames, height, width), uint8 or normalised floats -> (segments, outputs)."""
-        pixels = forms.normalized(segments)
+        weight = self.fast_stem[0].weight
+        assert isinstance(weight, Tensor)
+        pixels = forms.normalized(segments).to(weight.dtype)
         slow, fast = self.slow_stem(pixels[:, :, ::self.ALPHA]), self.fast_stem(pixels)
         for lateral, slow_stage, fast_stage in zip(self.laterals, self.slow_stages, self.fast_stages, strict=True):
             slow = slow_stage(torch.cat((slow, lateral(fast)), 1))
@@ -131,9 +135,9 @@ class AudioCNN(nn.Module):
 
     def forward(self, segments: Tensor) -> Tensor:
         """(segments, 1, mels, frames) -> (segments, outputs)."""
-        x = (segments - self.mean) / self.std
         second = self.stem[3].weight
         assert isinstance(second, Tensor)
+        x = (segments.to(second.dtype) - self.mean) / self.std
         if second.stride(1) == 1:
             # One channel lies in memory alike in both layouts. Unless its strides say channels-last, the first
             # convolution's outputs are not, and two slow conversions follow, a third of the network's time.
@@ -156,7 +160,7 @@ class Chain(nn.Sequential):
             if not isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
                 x = module(x)
             elif not forms.norm_is_fused(x, module):
-                x = normed(x, module)
+                x = normed_over_ranks(x, module) if is_over_ranks(module) else normed(x, module)
             elif modules:
                 relu = isinstance(modules[0], nn.ReLU)
                 modules = modules[int(relu):]

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from avtrain.models.recomputation import kept
+from avtrain.models.synced_norm import is_over_ranks, moved
 
 
 @dataclass
@@ -157,7 +158,7 @@ def normalized(pixels: Tensor) -> Tensor:
 def norm_is_fused(x: Tensor, norm: _BatchNorm) -> bool:
     """Whether `fused_norm` can take the place of this module and what follows it."""
     return (x.is_cuda and ACTIVE.norm and norm.training and norm.momentum is not None and x.dtype != torch.float64
-            and _norm_kernels() is not None)
+            and x.numel() > 0 and _norm_kernels() is not None)
 
 
 def fused_norm(x: Tensor, norm: _BatchNorm, shortcut: Tensor | None, relu: bool, fork: bool = False) -> Any:
@@ -171,6 +172,14 @@ def fused_norm(x: Tensor, norm: _BatchNorm, shortcut: Tensor | None, relu: bool,
     kernels = _norm_kernels()
     x = kernels.laid_out(x)
 
+    def measured_over_ranks() -> Tensor:
+        mean, unbiased = torch.zeros(2, x.shape[1], device=x.device)
+        kernels.factors(x, norm.weight, norm.bias, mean, unbiased, 1.0, norm.eps)  # as if these were running statistics
+        count = x.numel() // x.shape[1]
+        mean, inverse, of_all = moved(norm, mean, unbiased * max(1, count - 1), count)
+        scale = norm.weight * inverse
+        return torch.stack((scale, norm.bias - mean * scale, mean, inverse, of_all))
+
     def measured() -> Tensor:
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
@@ -178,8 +187,9 @@ def fused_norm(x: Tensor, norm: _BatchNorm, shortcut: Tensor | None, relu: bool,
                                           norm.eps)
         return factors
 
+    found = kept(norm, measured_over_ranks if is_over_ranks(norm) else measured)
     y = kernels.FusedNorm.apply(x, None if shortcut is None else kernels.laid_out(shortcut), norm.weight, norm.bias,
-                                kept(norm, measured), relu, fork and ACTIVE.fork)
+                                found[:4], found[4] if len(found) > 4 else None, relu, fork and ACTIVE.fork)
     return (y, y) if fork and not ACTIVE.fork else y
 
 

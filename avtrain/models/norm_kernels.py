@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from avtrain import ranks
+
 _PROGRAMS = 1024  # of a reduction, at most about so many
 
 
@@ -204,13 +206,14 @@ class FusedNorm(torch.autograd.Function):
     """relu(batch_norm(x) + shortcut) with the statistics of this batch.
 
     Arguments: x (batch, channels, ...), shortcut of the same shape or None, weight, bias, what `factors` gives for x
-    and these, relu, fork. Maps are dense in channels-last order: see `laid_out`. With `fork`, which asks for a shortcut
-    and relu, the map is returned twice, so that the gradients of its two uses need no adding beforehand.
+    and these, rows of all processes or None where only this one's were measured, relu, fork. Maps are dense in
+    channels-last order: see `laid_out`. With `fork`, which asks for a shortcut and relu, the map is returned twice, so
+    that the gradients of its two uses need no adding beforehand.
     """
 
     @staticmethod
     def forward(context: Any, x: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, factors: Tensor,
-                relu: bool, fork: bool) -> Any:
+                of_all: Tensor | None, relu: bool, fork: bool) -> Any:
         rows, channels = x.numel() // x.shape[1], x.shape[1]
         tile, _, _ = _tiling(rows, channels)
         y = torch.empty_like(x)
@@ -218,7 +221,7 @@ class FusedNorm(torch.autograd.Function):
             x, x if shortcut is None else shortcut, y, factors, rows, channels, SHORTCUT=shortcut is not None,
             RELU=relu, ROWS=TILE.rows, CHANNELS=tile, num_warps=TILE.warps)
         context.mask = 0 if not relu else 1 if shortcut is None else 2
-        context.save_for_backward(x, y if context.mask == 2 else None, factors)
+        context.save_for_backward(x, y if context.mask == 2 else None, factors, of_all)
         context.with_shortcut = shortcut is not None
         context.set_materialize_grads(False)
         return (y, y.detach()) if fork else y
@@ -228,8 +231,8 @@ class FusedNorm(torch.autograd.Function):
     def backward(context: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         given = [laid_out(gradient) for gradient in gradients if gradient is not None]
         if not given:
-            return (None,) * 7
-        x, y, factors = context.saved_tensors
+            return (None,) * 8
+        x, y, factors, of_all = context.saved_tensors
         mask = context.mask
         rows, channels = x.numel() // x.shape[1], x.shape[1]
         tile, splits, rows_each = _tiling(rows, channels)
@@ -243,11 +246,16 @@ class FusedNorm(torch.autograd.Function):
         _finish_sums[(triton.cdiv(channels, 16),)](
             partial, factors, of_weight, of_bias, slopes[0], rows, channels, splits,
             SPLITS=triton.next_power_of_2(splits), CHANNELS=16)
+        if of_all is not None:  # sums and rows of all processes
+            scale, _, mean, inverse = factors
+            of_biases, of_weights = ranks.summed(torch.cat((of_bias, of_weight)))
+            slopes[0][0] = -scale * inverse * of_weights / of_all
+            slopes[0][1] = -scale * of_biases / of_all - slopes[0][0] * mean
         of_x = torch.empty_like(x)
         _gradients[(triton.cdiv(rows, TILE.rows), columns)](
             x, masked, factors, slopes[0], of_x, rows, channels, MASK=mask % 2, **shape)
         below = masked if context.with_shortcut else None
-        return of_x, below, of_weight[0], of_bias[0], None, None, None
+        return of_x, below, of_weight[0], of_bias[0], None, None, None, None
 
 
 def laid_out(x: Tensor) -> Tensor:

@@ -61,7 +61,8 @@ def kept(norm: nn.Module, measure: Callable[[], Tensor]) -> Tensor:
 
 
 def normed(x: Tensor, norm: _BatchNorm) -> Tensor:
-    """norm(x), (batch, channels, ...); in a second run its running statistics stay as they are."""
+    """norm(x), (batch, channels, ...), measured by this process; in a second run its running statistics stay as they
+    are."""
     if _run is None or not _run.again or not norm.training:
         y: Tensor = norm(x)
         return y

@@ -1,10 +1,13 @@
-"""What is random about a batch, drawn on the host: masks, pairs, and the lists of positions that follow from them.
+"""What is random about a step's batch, drawn on the host: masks, pairs, and the lists of positions that follow.
 
-All sizes are known here, so nothing on the device is waited for. A number depends on (seed, step, a clip's place in the
-global batch) alone, so it is the same for any number of processes and parts.
+All is drawn from what the manifest says of the clips, before any of them is read: all sizes are known, so nothing on
+the device is waited for, and every mean can be over the whole batch, however many parts and processes it is computed
+in. A number depends on (seed, step, a clip's place in the batch of all processes) alone.
 
-Lists of two are (visual, audio). A position is clip * segments + segment; rows are those of `draws` copies of the
-batch one after the other, and a row's position counts through all of them.
+What is chosen among is a group of clips: a part of the batch, of all processes or of one. Each process computes its own
+clips of it. Lists of two are (visual, audio). A position is clip * segments + segment, where clips count through the
+group; rows are those of `draws` copies of this process's clips, one after the other, and a row's position counts
+through all of them.
 """
 
 from __future__ import annotations
@@ -14,15 +17,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from avtrain.config import Config
-from avtrain.data.loader import Batch
-from avtrain.data.manifest import video_of
+from avtrain.config import ObjectivesConfig
+from avtrain.data.clips import ClipDataset
+from avtrain.data.order import Cut, Wanted
 from avtrain.pretraining.noise import hashed, uniforms
 
 _MASK, _NEGATIVE, _ORDER, _SWAP = range(4)  # what a number is for
+
+
+class Clips(NamedTuple):
+    """Clips, as their manifest has them.
+
+    Attributes:
+        visual_present, audio_present: (clips, segments) boolean, on the host.
+        sources: of each clip; the sounds of two clips of one source are never exchanged.
+    """
+
+    visual_present: Tensor
+    audio_present: Tensor
+    sources: Sequence[str]
+
+    def of(self, some: slice) -> Clips:
+        """Some of them."""
+        return Clips(self.visual_present[some], self.audio_present[some], self.sources[some])
 
 
 class Predicted(NamedTuple):
@@ -30,13 +51,15 @@ class Predicted(NamedTuple):
 
     Attributes:
         outputs: (n,) int64, their positions in the rows of the single-modality Transformer.
-        targets: (n,) int64, which of the present segments each is, a number into `Draw.here`.
+        targets: (n,) int64, which of the group's segments each is, a number into `Draw.here`.
+        clips: (n,) int64, the clip that each is of.
         noise: (n,) int64, the hash that its negatives are drawn with.
         joint: (k,) int64, which of the n the multimodal Transformer predicts too: not those of wrong pairs.
     """
 
     outputs: Tensor
     targets: Tensor
+    clips: Tensor
     noise: Tensor
     joint: Tensor
 
@@ -45,40 +68,72 @@ class Pairs(NamedTuple):
     """Which sound goes with which picture.
 
     Attributes:
-        sound_of: (rows,) int64, the row whose sound each row gets.
+        clips: (rows,) int64, the clip of each row's picture.
+        sound_of: (rows,) int64, the clip whose sound the row gets.
         right: (rows,) boolean, whether that is its own.
-        divisors: (rows, segments) int64: each time counts for one part in so many, in the mean over clips of the mean
-            over the times that have both picture and sound. 0: not at all, as all times of clips without a partner.
+        divisors: (rows, segments) int64: each time counts for one part in so many, in the mean over the batch's clips
+            of the mean over the times that have both picture and sound. 0: not at all, as all times of clips without
+            a partner.
     """
 
+    clips: Tensor
     sound_of: Tensor
     right: Tensor
     divisors: Tensor
 
 
 @dataclass(frozen=True)
-class Draw:
-    """What was drawn for a batch.
+class Counts:
+    """What a batch has, in all its parts and of all processes: what the sums of the loss are divided by.
 
     Attributes:
-        draws: copies of the batch, each with masks and pairs of its own.
-        here: (present,) int64, positions of the present segments.
-        places: (present,) int64, what these segments are called in the global batch.
-        masks: (rows, segments) boolean, the hidden segments of each row's own clip.
-        present: (rows, segments) boolean: picture of the row's clip, sound of the clip whose sound it gets.
+        predicted: (visual, audio) segments that are to be predicted by the single-modality Transformers.
+        joint: the same by the multimodal one.
+        pairs: rows whose pairs are judged.
+        right: those of them that keep their own sound.
+    """
+
+    predicted: tuple[int, int] = (0, 0)
+    joint: tuple[int, int] = (0, 0)
+    pairs: int = 0
+    right: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts((self.predicted[0] + other.predicted[0], self.predicted[1] + other.predicted[1]),
+                      (self.joint[0] + other.joint[0], self.joint[1] + other.joint[1]), self.pairs + other.pairs,
+                      self.right + other.right)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What was drawn for a process's clips of a group.
+
+    Attributes:
+        draws: copies of the clips, each with masks and pairs of its own.
+        shared: whether other processes compute the rest of the group.
+        here: (present,) int64, positions of the group's present segments.
+        places: (present,) int64, what these segments are called in the batch.
+        masks: (rows, segments) boolean, the hidden segments of each row's picture, and of its sound.
+        present: (rows, segments) boolean, the present ones.
         predicted: what is predicted.
         pairs: which sound each row gets.
-        judged: whether any pair counts.
+        counts: of the batch.
     """
 
     draws: int
+    shared: bool
     here: tuple[Tensor, Tensor]
     places: tuple[Tensor, Tensor]
     masks: tuple[Tensor, Tensor]
     present: tuple[Tensor, Tensor]
     predicted: tuple[Predicted, Predicted]
     pairs: Pairs
-    judged: bool
+    counts: Counts
+
+    @property
+    def judged(self) -> bool:
+        """Whether any pair of the batch counts."""
+        return self.counts.pairs > 0
 
     def to(self, device: torch.device) -> Draw:
         """The same on the device; nothing is waited for."""
@@ -89,69 +144,103 @@ class Draw:
             return moved(two[0]), moved(two[1])
 
         visual, audio = (Predicted(*map(moved, predicted)) for predicted in self.predicted)
-        return Draw(self.draws, both(self.here), both(self.places), both(self.masks), both(self.present),
-                    (visual, audio), Pairs(*map(moved, self.pairs)), self.judged)
+        return Draw(self.draws, self.shared, both(self.here), both(self.places), both(self.masks), both(self.present),
+                    (visual, audio), Pairs(*map(moved, self.pairs)), self.counts)
 
 
-def draw_for(batch: Batch, config: Config, part: int, seed: int, step: int, own_sounds: bool = False) -> Draw:
-    """Masks and pairs of the part of that number of a step's batch.
+def planned(dataset: ClipDataset, wanted: Sequence[Wanted]) -> Clips:
+    """What the manifest says of these clips."""
+    visual, audio = torch.from_numpy(np.stack([dataset.presence(one) for one in wanted], 1))
+    return Clips(visual, audio, [dataset.folder.rows.at(one.place).video for one in wanted])
+
+
+def draws_of(batch: Clips, cut: Cut, config: ObjectivesConfig, seed: int, step: int, pairs: bool) -> list[Draw]:
+    """What this process computes of a step: a draw for each of its parts.
 
     Args:
-        own_sounds: every clip keeps its own, and all is drawn once.
+        batch: the clips of all processes.
+        cut: how they are divided.
+        config: rates, copies, and whom sounds and negatives come from.
+        seed, step: of the run.
+        pairs: see `drawn`.
     """
-    training, objectives = config.training, config.objectives
-    first = part * (training.batch_size // training.accumulate)
-    pairs = objectives.pair > 0 and config.model.fusion != "late" and not own_sounds
-    return drawn(batch.visual_present, batch.audio_present, [video_of(key) for key in batch.keys],
-                 [first + place for place in batch.places], seed, step, objectives.mask_rate,
-                 1 if own_sounds else objectives.draws, pairs)
+    shared = cut.ranks > 1 and config.negatives_from == "global"
+    size = cut.at_once if shared else cut.micro_batch
+    own = slice(cut.rank * cut.micro_batch, (cut.rank + 1) * cut.micro_batch) if shared else slice(0, size)
+    groups = [_Group(batch.of(slice(first, first + size)), range(first, first + size), seed, step, config.mask_rate,
+                     config.draws, pairs) for first in range(0, cut.batch_size, size)]
+    counts = sum((group.counts for group in groups), Counts())
+    mine = groups if shared else groups[cut.rank::cut.ranks]
+    return [group.draw(own, counts, shared) for group in mine]
 
 
-def drawn(visual_present: Tensor, audio_present: Tensor, sources: Sequence[str], places: Sequence[int], seed: int,
-          step: int, mask_rate: float, draws: int = 1, pairs: bool = True) -> Draw:
-    """Draw masks and pairs for a batch.
+def drawn(clips: Clips, places: Sequence[int], seed: int, step: int, mask_rate: float, draws: int = 1,
+          pairs: bool = True) -> Draw:
+    """Draw masks and pairs for clips that one process computes, and that are all there is of the batch.
 
     Args:
-        visual_present, audio_present: (clips, segments) boolean, on the host.
-        sources: of each clip; the sounds of two clips of one source are never exchanged.
-        places: of each clip in the global batch.
+        clips: what is there of them.
+        places: of each clip in the batch.
         seed, step: of the run.
         mask_rate: see `masked_positions`.
         draws: how often.
         pairs: exchange sounds; False: every clip keeps its own, and no pair is judged.
     """
-    present = (visual_present, audio_present)
-    clips, segments = visual_present.shape
-    at, of_draw = torch.tensor(places, dtype=torch.int64), torch.arange(draws)[:, None]
-    named = at[:, None] * segments + torch.arange(segments)  # (clips, segments), every segment's place
-    masks = [masked_positions(there, mask_rate, hashed(seed, step, _MASK, modality, of_draw[..., None], named))
-             for modality, there in enumerate(present)]
-    order, swaps = (hashed(seed, step, purpose, of_draw, at) for purpose in (_ORDER, _SWAP))
-    partners = [exchanged(visual_present, audio_present, sources, order[draw], swaps[draw]) if pairs else None
-                for draw in range(draws)]
-    itself = torch.arange(draws * clips)
-    sound_of, judged = itself.clone(), torch.zeros(draws * clips, dtype=torch.bool)
-    for draw, found in enumerate(partners):
-        if found is not None:
-            rows = slice(draw * clips, (draw + 1) * clips)
-            sound_of[rows], judged[rows] = found[0] + draw * clips, found[1]
-    right = sound_of == itself
-    flat = [mask.flatten(0, 1) for mask in masks]
-    here = [there.flatten().nonzero().squeeze(1) for there in present]
-    seen, heard = visual_present.repeat(draws, 1), audio_present.repeat(draws, 1)[sound_of]
-    predicted = []
-    for modality, rows_own in enumerate((itself, sound_of)):
-        hidden = flat[modality][rows_own].nonzero()  # (n, 2): row, segment
-        clip = rows_own[hidden[:, 0]] % max(1, clips)
-        number = present[modality].flatten().cumsum(0) - 1
-        noise = hashed(seed, step, _NEGATIVE, modality, hidden[:, 0] // max(1, clips), named[clip, hidden[:, 1]])
-        outputs, own = hidden[:, 0] * segments + hidden[:, 1], clip * segments + hidden[:, 1]
-        joint = right[hidden[:, 0]].nonzero().squeeze(1)
-        predicted.append(Predicted(outputs, number[own], noise, joint))
-    names = [named.flatten()[positions] for positions in here]
-    counts = seen & heard & judged[:, None]
-    return Draw(draws, (here[0], here[1]), (names[0], names[1]), (flat[0], flat[1]), (seen, heard),
-                (predicted[0], predicted[1]), Pairs(sound_of, right, _divisors(counts)), bool(counts.any()))
+    group = _Group(clips, places, seed, step, mask_rate, draws, pairs)
+    return group.draw(slice(0, len(places)), group.counts)
+
+
+class _Group:
+    """Masks and pairs of all clips that are chosen among: see `drawn`."""
+
+    def __init__(self, clips: Clips, places: Sequence[int], seed: int, step: int, mask_rate: float, draws: int,
+                 pairs: bool) -> None:
+        visual_present, audio_present, sources = clips
+        self._present, self._draws = (visual_present, audio_present), draws
+        self._clips, self._segments = visual_present.shape
+        at, of_draw = torch.tensor(places, dtype=torch.int64), torch.arange(draws)[:, None]
+        # (clips, segments), every segment's place
+        self._named = at[:, None] * self._segments + torch.arange(self._segments)
+        self._noise = [hashed(seed, step, _NEGATIVE, modality, of_draw[..., None], self._named) for modality in (0, 1)]
+        self._masks = [masked_positions(there, mask_rate, hashed(seed, step, _MASK, modality, of_draw[..., None],
+                                                                 self._named))
+                       for modality, there in enumerate(self._present)]  # (draws, clips, segments)
+        self._sound_of = torch.arange(self._clips).repeat(draws, 1)  # (draws, clips)
+        judged = torch.zeros(draws, self._clips, dtype=torch.bool)
+        if pairs:
+            orders, swaps = (hashed(seed, step, purpose, of_draw, at) for purpose in (_ORDER, _SWAP))
+            for draw in range(draws):
+                self._sound_of[draw], judged[draw] = exchanged(visual_present, audio_present, sources, orders[draw],
+                                                               swaps[draw])
+        self._right = self._sound_of == torch.arange(self._clips)
+        self._judged = visual_present & audio_present[self._sound_of] & judged[..., None]  # (draws, clips, segments)
+        hidden = [mask.sum(2) for mask in self._masks]
+        counted = self._judged.any(2)
+        self.counts = Counts((int(hidden[0].sum()), int(hidden[1].sum())),
+                             (int(hidden[0][self._right].sum()), int(hidden[1][self._right].sum())),
+                             int(counted.sum()), int((counted & self._right).sum()))
+
+    def draw(self, own: slice, counts: Counts, shared: bool = False) -> Draw:
+        """What a process gets that computes these of the clips, of a batch with so many of everything."""
+        rows = torch.arange(self._clips)[own].repeat(self._draws)
+        of_draw = torch.arange(self._draws).repeat_interleave(len(rows) // max(1, self._draws))
+        sound_of, right = self._sound_of[of_draw, rows], self._right[of_draw, rows]
+        here = [there.flatten().nonzero().squeeze(1) for there in self._present]
+        masks, present, predicted = [], [], []
+        for modality, clips in enumerate((rows, sound_of)):
+            masks.append(self._masks[modality][of_draw, clips])
+            present.append(self._present[modality][clips])
+            row, segment = masks[-1].nonzero(as_tuple=True)
+            clip, number = clips[row], self._present[modality].flatten().cumsum(0) - 1
+            predicted.append(Predicted(row * self._segments + segment, number[clip * self._segments + segment], clip,
+                                       self._noise[modality][of_draw[row], clip, segment],
+                                       right[row].nonzero().squeeze(1)))
+        names = [self._named.flatten()[positions] for positions in here]
+        times = self._judged[of_draw, rows]
+        divisors = times * times.sum(1, keepdim=True) * counts.pairs
+        return Draw(self._draws, shared, (here[0], here[1]), (names[0], names[1]), (masks[0], masks[1]),
+                    (present[0], present[1]), (predicted[0], predicted[1]),
+                    Pairs(rows, sound_of, right, divisors), counts)
 
 
 def masked_positions(present: Tensor, rate: float, hashes: Tensor) -> Tensor:
@@ -211,9 +300,3 @@ def _partners(clips: list[int], sources: Sequence[str]) -> list[tuple[int, int]]
     half = len(line) // 2
     return [(one, other) for one, other in zip(line[:half], line[half:], strict=True)
             if sources[one] != sources[other]]
-
-
-def _divisors(counts: Tensor) -> Tensor:
-    """(rows, segments) boolean -> times of the row, times rows that have any; 0 where a time does not count."""
-    times = counts.sum(1, keepdim=True)
-    return counts * times * (times > 0).sum()

@@ -12,13 +12,13 @@ from avtrain.config import Config
 from avtrain.data.clips import ClipDataset
 from avtrain.data.handover import in_flight_bytes
 from avtrain.data.loader import batches, readable
-from avtrain.data.order import at_epoch, batches_of, epoch_order
+from avtrain.data.order import Wanted, at_epoch, batches_of, epoch_order
 from avtrain.data.shards import ShardFolder
 from avtrain.models.avbert import LocalEmbeddings, Tokens
-from avtrain.pretraining.draw import Draw, draw_for
-from avtrain.pretraining.module import Pretraining
+from avtrain.pretraining.draw import Draw, drawn, planned
+from avtrain.pretraining.module import Pretraining, inputs_of
 from avtrain.pretraining.noise import hashed, uniforms
-from avtrain.pretraining.objectives import AUDIO, VISUAL, Objectives, present_rows
+from avtrain.pretraining.objectives import AUDIO, VISUAL, Objectives, present_rows, shared_group
 from avtrain.runtime import Runtime
 
 CANDIDATES = 100
@@ -48,7 +48,7 @@ class HeldOut:
         self._workers, self._runtime, self._clips = config.data.workers, runtime, folder.clips
         self._config = config
         order = epoch_order(folder.clips_of_shards, _SEED, 0, len(folder.shards))
-        self._places = batches_of(order, config.training.batch_size // config.training.accumulate)
+        self._places = batches_of(order, config.training.micro_batch or config.training.batch_size)
 
     def in_flight_bytes(self) -> int:
         """Shared memory that the workers' batches can take."""
@@ -71,14 +71,21 @@ class HeldOut:
         sums: dict[str, float] = defaultdict(float)
         counts: dict[str, int] = defaultdict(int)
         passes: list[_Seen] = []
-        for number, batch in enumerate(readable(batches(self._dataset, at_epoch(self._places, 0), self._workers),
-                                                self._clips)):
-            draws = [draw_for(batch, self._config, number, _SEED, int(own), own).to(self._runtime.device)
-                     for own in (False, True)]
+        first = 0
+        for batch in readable(batches(self._dataset, at_epoch(self._places, 0), self._workers), self._clips):
+            wanted = [Wanted(place, 0) for place in self._places[first // len(self._places[0])]]
+            clips, places = planned(self._dataset, wanted), range(first, first + len(wanted))
+            first += len(self._places[0])
+            config, device = self._config.objectives, self._runtime.device
+            pairs = config.pair > 0 and model.config.fusion != "late"
+            mixed = drawn(clips, places, _SEED, 0, config.mask_rate, config.draws, pairs).to(device)
+            kept = drawn(clips, places, _SEED, 1, config.mask_rate, 1, False).to(device)
+            *inputs, read = inputs_of(batch, len(wanted), device)
             with self._runtime.autocast():
-                embedded, *_ = model.embed(*batch.tensors(self._runtime.device), draws[0].here)
-                result = objectives(model, embedded, draws[0])
-                passes.append(_Seen(embedded, objectives.tokens(model, embedded, draws[1]), draws[1]))
+                embedded = model.embed_segments(*inputs)
+                result = objectives(model, embedded, mixed, read)
+                group = shared_group(embedded, read, kept)
+                passes.append(_Seen(embedded, objectives.tokens(model, embedded, group, kept), kept))
             for name, value in {"loss": result.loss, **result.figures()}.items():
                 sums[name] += float(value) * len(batch.keys)
                 counts[name] += len(batch.keys)

@@ -13,18 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avtrain import ranks
 from avtrain.config import ModelConfig, ObjectivesConfig
 from avtrain.models.avbert import AVBert, LocalEmbeddings, Tokens
 from avtrain.models.heads import SequenceHead
 from avtrain.pretraining.draw import Draw
 from avtrain.pretraining.negatives import sample_negatives
+from avtrain.runtime import at_least_float32
 
 VISUAL, AUDIO = 0, 1
 _START_SCALE = 0.2
 
 
 class ObjectiveResult(NamedTuple):
-    """The loss, and figures of its parts (scalars without gradient): mep_*, pair, pair_accuracy, top1_*.
+    """The loss, and figures of its parts (scalars without gradient): mep_*, pair, pair_accuracy, top1_*; of each the
+    share that a part of a batch has in it.
 
     `chances`: what loss and parts would be here, on average, for a model that knows nothing: one that finds all
     candidates alike, and takes all pairs for right, or all for wrong, whichever is more often true.
@@ -57,72 +60,85 @@ class Objectives(nn.Module):
         if model.fusion != "late":
             self.pair = SequenceHead(model.dimension, 1, model.dropout)
 
-    def forward(self, model: AVBert, embedded: LocalEmbeddings, draw: Draw) -> ObjectiveResult:
-        """The loss of a batch, and its parts, over all draws of what is random.
+    def forward(self, model: AVBert, embedded: LocalEmbeddings, draw: Draw, read: Tensor) -> ObjectiveResult:
+        """This process's share of a batch's loss, and of its parts, over all draws of what is random.
 
         The Transformers cost little beside the CNNs, so several draws say more about a batch at little more cost.
         All parts are computed whatever the batch lacks, so that every parameter has a gradient, of zero at the least.
+        Sums are divided by what the whole batch has: the shares of all its parts and processes add up to its means.
 
         Args:
             model: its CNNs learn too: the targets are their own outputs.
-            embedded: what `model.embed` made of the batch.
+            embedded: what `model.embed` made of this process's clips.
             draw: masks and pairs, on the embeddings' device.
+            read: (clips,) boolean: a clip that could not be read counts for nothing.
         """
-        config = self.config
-        tokens = self.tokens(model, embedded, draw)
+        config, counts = self.config, draw.counts
+        group = shared_group(embedded, read, draw)
+        tokens = self.tokens(model, embedded, group, draw)
         parts: dict[str, Tensor] = {}
         chances: dict[str, Tensor] = {}
         losses: dict[str, Tensor] = {}
         zero = at_least_float32(self.mask).sum() * 0
         for modality, name in ((VISUAL, "visual"), (AUDIO, "audio")):
             predicted = draw.predicted[modality]
-            candidates, usable = self.candidates(embedded, draw, modality)
-            local = present_rows(embedded.local(modality), draw, modality)
-            for predictor, part, some in ((name, f"mep_{name}", slice(None)),
-                                          (f"multimodal_{name}", "mep_multimodal", predicted.joint)):
+            candidates, usable = self.candidates(group, draw, modality)
+            local, there = present_rows(group.local(modality), draw, modality), group.read[predicted.clips]
+            for predictor, part, some, count in (
+                    (name, f"mep_{name}", slice(None), counts.predicted[modality]),
+                    (f"multimodal_{name}", "mep_multimodal", predicted.joint, counts.joint[modality])):
                 if predictor not in self.predictors:
                     continue
                 logits = self.scores(tokens, predictor, predicted.outputs[some], local, candidates[some])
                 logits = logits.masked_fill(~usable[some], -torch.inf)
-                losses[part] = losses.get(part, zero) + _nce(logits)
-                if len(logits):
-                    count = usable[some].sum(1).to(logits.dtype)
+
+                def share(values: Tensor, some: Tensor | slice = some, there: Tensor = there,
+                          count: int = count) -> Tensor:
+                    return torch.where(there[some], values, 0).sum() / max(1, count)
+
+                losses[part] = losses.get(part, zero) + share(logits.logsumexp(1) - logits[:, 0])
+                if count:
+                    choices = usable[some].sum(1).to(logits.dtype)
                     parts[part] = losses[part].detach()
-                    parts[f"top1_{predictor}"] = (logits.argmax(1) == 0).float().mean()
-                    chances[f"top1_{predictor}"] = (1 / count).mean()
-                    chances[part] = chances.get(part, zero.detach()) + count.log().mean()
+                    parts[f"top1_{predictor}"] = share((logits.argmax(1) == 0).float())
+                    chances[f"top1_{predictor}"] = share(1 / choices)
+                    chances[part] = chances.get(part, zero.detach()) + share(choices.log())
         weights = {"mep_visual": config.mep_visual, "mep_audio": config.mep_audio,
                    "mep_multimodal": config.mep_multimodal, "pair": config.pair}
         loss = zero
         for part, value in losses.items():
             loss = loss + weights[part] * value
         if hasattr(self, "pair"):
-            loss = loss + config.pair * self._pair(tokens, draw, parts, chances)
+            loss = loss + config.pair * self._pair(tokens, group, draw, parts, chances)
         chances["loss"] = sum((weight * chances[part] for part, weight in weights.items() if part in chances),
                               zero.detach())
         return ObjectiveResult(loss, parts, chances)
 
-    def tokens(self, model: AVBert, embedded: LocalEmbeddings, draw: Draw) -> Tokens:
+    def tokens(self, model: AVBert, embedded: LocalEmbeddings, group: Group, draw: Draw) -> Tokens:
         """The Transformers on the masked clips, each with the sound that it was given.
 
         Masks are alike in right and wrong pairs, so that they don't tell which is which.
         """
-        shown = []
-        for modality, values in enumerate((embedded.visual_local, embedded.audio_local)):
-            copies = values.repeat(draw.draws, 1, 1)
-            shown.append(torch.where(draw.masks[modality][..., None], self.mask[modality].to(values.dtype), copies))
-        return model.contextualize(shown[VISUAL], shown[AUDIO][draw.pairs.sound_of], *draw.present)
+        pairs = draw.pairs
+        shown, present = [], []
+        for modality, (values, clips) in enumerate(((embedded.visual_local.repeat(draw.draws, 1, 1), pairs.clips),
+                                                    (group.audio_local[pairs.sound_of], pairs.sound_of))):
+            shown.append(torch.where(draw.masks[modality][..., None], self.mask[modality].to(values.dtype), values))
+            present.append(draw.present[modality] & group.read[clips][:, None])
+        return model.contextualize(shown[VISUAL], shown[AUDIO], present[VISUAL], present[AUDIO])
 
-    def candidates(self, embedded: LocalEmbeddings, draw: Draw, modality: int) -> tuple[Tensor, Tensor]:
+    def candidates(self, group: Group, draw: Draw, modality: int) -> tuple[Tensor, Tensor]:
         """What each predicted segment is told from: itself, and negatives.
 
         Returns:
-            (predicted, 1 + negatives) numbers among the present segments, itself first; and which count.
+            (predicted, 1 + negatives) numbers among the group's present segments, itself first; and which count.
         """
         config, predicted = self.config, draw.predicted[modality]
-        pooled = present_rows(embedded.pooled(modality), draw, modality)
-        negatives, valid = sample_negatives(pooled, predicted.targets, predicted.noise, draw.places[modality],
-                                            config.negatives, config.sampling, config.keep_percent)
+        pooled = present_rows(group.pooled(modality), draw, modality)
+        segments = group.visual_local.shape[1]
+        negatives, valid = sample_negatives(
+            pooled, predicted.targets, predicted.noise, draw.places[modality], config.negatives, config.sampling,
+            config.keep_percent, group.read[draw.here[modality] // segments])
         return torch.cat((predicted.targets[:, None], negatives), 1), F.pad(valid, (1, 0), value=True)
 
     def scores(self, tokens: Tokens, predictor: str, outputs: Tensor, embeddings: Tensor,
@@ -164,17 +180,19 @@ class Objectives(nn.Module):
         logits: Tensor = self.pair(tokens.multimodal_tokens)[..., 0]
         return at_least_float32(logits)
 
-    def _pair(self, tokens: Tokens, draw: Draw, parts: dict[str, Tensor], chances: dict[str, Tensor]) -> Tensor:
-        """The pair loss; its figures are added where any pair counts."""
+    def _pair(self, tokens: Tokens, group: Group, draw: Draw, parts: dict[str, Tensor],
+              chances: dict[str, Tensor]) -> Tensor:
+        """The share of the pair loss; its figures are added where any pair of the batch counts."""
         logits = self.pair_logits(tokens)
-        divisors = draw.pairs.divisors
-        weights = (divisors > 0) / divisors.clamp(min=1).to(logits.dtype)
-        right = draw.pairs.right[:, None].expand_as(logits)
+        pairs, counts = draw.pairs, draw.counts
+        read = group.read[pairs.clips] & group.read[pairs.sound_of]
+        weights = (pairs.divisors > 0) * read[:, None] / pairs.divisors.clamp(min=1).to(logits.dtype)
+        right = pairs.right[:, None].expand_as(logits)
         loss = (F.binary_cross_entropy_with_logits(logits, right.to(logits.dtype), reduction="none") * weights).sum()
         if draw.judged and self.config.pair > 0:
-            share = (right * weights).sum()
             parts["pair"], parts["pair_accuracy"] = loss.detach(), (((logits > 0) == right) * weights).sum()
-            chances["pair"], chances["pair_accuracy"] = share.new_full((), math.log(2)), torch.maximum(share, 1 - share)
+            of_all, more_often = weights.sum(), max(counts.right, counts.pairs - counts.right) / counts.pairs
+            chances["pair"], chances["pair_accuracy"] = of_all * math.log(2), of_all * more_often
         return loss
 
 
@@ -204,16 +222,39 @@ class Predictor(nn.Module):
         return self.feedforward(outputs), self.projection(embeddings) / math.sqrt(self.projection.in_features)
 
 
+class Group(NamedTuple):
+    """Embeddings of all clips that are chosen among, as in `LocalEmbeddings`; and which of the clips could be read."""
+
+    visual_pooled: Tensor
+    audio_pooled: Tensor
+    visual_local: Tensor
+    audio_local: Tensor
+    read: Tensor  # (clips,) boolean
+
+    def pooled(self, modality: int) -> Tensor:
+        """As `LocalEmbeddings.pooled`."""
+        return (self.visual_pooled, self.audio_pooled)[modality]
+
+    def local(self, modality: int) -> Tensor:
+        """As `LocalEmbeddings.local`."""
+        return (self.visual_local, self.audio_local)[modality]
+
+
+def shared_group(embedded: LocalEmbeddings, read: Tensor, draw: Draw) -> Group:
+    """This process's clips, and those of the others, where they share the group; gradients reach them.
+
+    Args:
+        embedded: of this process's clips.
+        read: (clips,) boolean.
+        draw: of the group.
+    """
+    if not draw.shared:
+        return Group(*embedded, read)
+    pooled = [ranks.gathered(values.detach()) for values in (embedded.visual_pooled, embedded.audio_pooled)]
+    local = [ranks.gathered(values) for values in (embedded.visual_local, embedded.audio_local)]
+    return Group(pooled[VISUAL], pooled[AUDIO], local[VISUAL], local[AUDIO], ranks.gathered(read.byte()).bool())
+
+
 def present_rows(values: Tensor, draw: Draw, modality: int) -> Tensor:
     """(clips, segments, channels) -> (present, channels)."""
     return values.flatten(0, 1)[draw.here[modality]]
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    """float64 stays, and what is less precise becomes float32."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _nce(logits: Tensor) -> Tensor:
-    """- mean log of the true candidate's share, the first of (positions, candidates); 0 of none."""
-    return (logits.logsumexp(1) - logits[:, 0]).sum() / max(1, len(logits))

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import lru_cache
+from inspect import signature
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from avtrain import ranks
 from avtrain.checkpoints.ours import save_model
 from avtrain.config import Config, config_from, config_to
 from avtrain.data.clips import ClipDataset
 from avtrain.data.handover import check_room
 from avtrain.data.loader import Batch, Epochs
-from avtrain.data.order import Wanted, at_epoch, batches_of, epoch_order
-from avtrain.data.shards import ShardFolder, open_folders
+from avtrain.data.order import ClipPlace, Wanted, cut_of, epoch_order
+from avtrain.data.shards import open_folders
 from avtrain.engine import Run, last_step
 from avtrain.errors import AvtrainError
 from avtrain.models.graphs import capture, own_gradients
-from avtrain.pretraining.draw import draw_for
+from avtrain.pretraining.draw import Draw, draws_of, planned
 from avtrain.pretraining.held_out import HeldOut
-from avtrain.pretraining.module import Pretraining
+from avtrain.pretraining.module import Pretraining, inputs_of
+from avtrain.pretraining.noise import hashed
 from avtrain.pretraining.objectives import ObjectiveResult
 from avtrain.pretraining.optimizer import pretraining_optimizer
 from avtrain.run_folder import CONFIG, RunFolder, check_settings, delete, read_settings, write_settings
@@ -31,16 +36,19 @@ _INPUTS = "inputs.json"
 _START_CLIPS = 8  # that the projections' start values are taken from
 
 
-def epochs_of(folder: ShardFolder, config: Config) -> Epochs:
+def epochs_of(dataset: ClipDataset, config: Config, pin_memory: bool = False) -> Epochs:
     """Every clip once an epoch, in the order that the seed gives."""
-    training, clips = config.training, folder.clips_of_shards
-    size = training.batch_size // training.accumulate
+    folder, training = dataset.folder, config.training
 
-    def of_epoch(epoch: int) -> Iterator[list[Wanted]]:
-        return at_epoch(batches_of(epoch_order(clips, training.seed, epoch, config.data.shards_at_once), size), epoch)
+    @lru_cache(maxsize=2)  # the epoch of the batch under way, and of those that workers make ahead
+    def order(epoch: int) -> list[ClipPlace]:
+        return epoch_order(folder.clips_of_shards, training.seed, epoch, config.data.shards_at_once)
 
-    return Epochs(ClipDataset(folder, config.data, training.seed), of_epoch, -(-folder.clips // size), folder.clips,
-                  config.data.workers)
+    def clips_of(epoch: int, first: int, last: int) -> list[Wanted]:
+        return [Wanted(place, epoch) for place in order(epoch)[first:last]]
+
+    cut = cut_of(training.batch_size, training.micro_batch, ranks.rank(), ranks.ranks())
+    return Epochs(dataset, clips_of, folder.clips, cut, folder.clips, config.data.workers, pin_memory)
 
 
 class Pretrained(NamedTuple):
@@ -77,7 +85,7 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     train_folder = open_folders(train, labelled=False)
     test_folder = open_folders(test, labelled=False) if test else None
     folder = RunFolder(out)
-    inputs = {"precision": str(runtime.autocast_dtype or torch.float32), "train_shards": train_folder.fingerprint,
+    inputs = {"precision": str(runtime.autocast_dtype or runtime.dtype), "train_shards": train_folder.fingerprint,
               "test_shards": test_folder.fingerprint if test_folder else None}
     if force:
         _clear(folder)
@@ -85,26 +93,40 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     begun = folder.last_step()
     if begun >= last_step(config.training, max_steps):
         return Pretrained(folder, begun, 0, 0)
-    seed_everything(config.training.seed)
-    network = Pretraining(config).to(runtime.device)
-    supply = epochs_of(train_folder, config)
-    held_out = HeldOut(test_folder, config, runtime) if test_folder else None
+    training = config.training
+    seed_everything(training.seed)
+    network = Pretraining(config).to(runtime.device, runtime.dtype)
+    dataset = ClipDataset(train_folder, config.data, training.seed)
+    supply = epochs_of(dataset, config, pin_memory=runtime.device.type == "cuda")
+    held_out = HeldOut(test_folder, config, runtime) if test_folder and ranks.rank() == 0 else None
     check_room(supply.in_flight_bytes() + (held_out.in_flight_bytes() if held_out else 0))
     modules: dict[str, nn.Module] = {"model": network.model, "objectives": network.objectives}
-    run = Run(folder, modules, pretraining_optimizer(modules, config.training), config.training,
+    run = Run(folder, modules, pretraining_optimizer(modules, training), training,
               lambda to: save_model(to / "model.safetensors", network.model, config))
     network.train()
-    if config.training.cuda_graphs and runtime.device.type == "cuda":
-        _capture(network, config, runtime)
-    if not run.go_on():
-        first = _filled(next(supply.starting_at(0, 0))).tensors(runtime.device)
-        network.model.standardize(*(tensor[:_START_CLIPS] for tensor in first))
-        write_settings(out / _INPUTS, inputs)
-        write_settings(out / CONFIG, config_to(config))
+    if training.cuda_graphs and runtime.device.type == "cuda":
+        _capture(network, config, supply.cut.micro_batch, runtime)
+    if not run.go_on(supply):
+        alone = ClipDataset(train_folder, config.data, training.seed)  # nothing that workers share is opened yet
+        first = _readable(alone.__getitems__(supply.wanted(0)[:_START_CLIPS]))
+        network.model.standardize(*first.tensors(runtime.device))
+        if ranks.rank() == 0:
+            write_settings(out / _INPUTS, inputs)
+            write_settings(out / CONFIG, config_to(config))
+    wrapped = _over_ranks(network, config, runtime)
+    pairs = config.objectives.pair > 0 and config.model.fusion != "late"
+    draws: list[Draw] = []
 
     def step(batch: Batch, part: int) -> tuple[Tensor, dict[str, Tensor]]:
-        draw = draw_for(_filled(batch), config, part, config.training.seed, run.position.step).to(runtime.device)
-        result: ObjectiveResult = network(*batch.tensors(runtime.device), draw)
+        position = run.position
+        if part == 0:
+            torch.manual_seed(int(hashed(training.seed, position.step, ranks.rank())))  # dropout
+            clips = planned(dataset, supply.wanted(position.clips))
+            draws[:] = draws_of(clips, supply.cut, config.objectives, training.seed, position.step, pairs)
+        last = part == supply.parts - 1
+        with nullcontext() if last or wrapped is network else wrapped.no_sync():
+            result: ObjectiveResult = wrapped(*inputs_of(batch, supply.cut.micro_batch, runtime.device),
+                                              draws[part].to(runtime.device))
         return result.loss, result.figures()
 
     def evaluate() -> dict[str, float]:
@@ -114,10 +136,24 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     return Pretrained(folder, run.position.step, run.position.step - begun, run.bad_steps)
 
 
-def _capture(network: Pretraining, config: Config, runtime: Runtime) -> None:
-    """Graphs of parts whose clips all have all their segments."""
+def _over_ranks(network: Pretraining, config: Config, runtime: Runtime) -> Any:
+    """The network as all processes train it together; gradients are averaged after the last part of a batch."""
+    if ranks.ranks() == 1:
+        return network
+    if config.training.sync_batchnorm:
+        network.model.measure_over_ranks()
+    devices = [runtime.device] if runtime.device.type == "cuda" else None
+    # Another name from torch 2.13 on, with a warning about the old one.
+    named = signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"
+    options: dict[str, Any] = {buffers: not config.training.sync_batchnorm}
+    return DistributedDataParallel(network, devices, **options)
+
+
+def _capture(network: Pretraining, config: Config, clips: int, runtime: Runtime) -> None:
+    """Graphs of parts of so many clips that all have all their segments."""
     data, device = config.data, runtime.device
-    shape = (config.training.batch_size // config.training.accumulate, data.segments)
+    shape = (clips, data.segments)
     visual = torch.randint(0, 256, (*shape, 3, data.segment_frames, data.crop, data.crop), dtype=torch.uint8,
                            device=device)
     audio = torch.randn(*shape, 1, data.mels, data.mel_frames, device=device)
@@ -125,14 +161,14 @@ def _capture(network: Pretraining, config: Config, runtime: Runtime) -> None:
     own_gradients(network)
 
 
-def _filled(batch: Batch) -> Batch:
+def _readable(batch: Batch) -> Batch:
     """The batch.
 
     Raises:
         AvtrainError: there is nothing in it.
     """
     if not batch.keys:
-        raise AvtrainError(f"not one clip of a batch could be decoded; the first: {batch.unreadable[0]}")
+        raise AvtrainError(f"not one of the first clips can be decoded; the first: {batch.unreadable[0]}")
     return batch
 
 

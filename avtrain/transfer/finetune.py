@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,7 +22,7 @@ from avtrain.data.clips import ClipDataset
 from avtrain.data.handover import check_room, in_flight_bytes
 from avtrain.data.loader import Batch, Epochs, batches, readable
 from avtrain.data.manifest import ClipRows
-from avtrain.data.order import ClipPlace, Wanted
+from avtrain.data.order import ClipPlace, Cut, Wanted, cut_of
 from avtrain.data.shards import ShardFolder
 from avtrain.data.views import Views
 from avtrain.engine import Run
@@ -84,18 +86,22 @@ class Classifier(nn.Module):
         return cnns.get(self._modality, [self.model.visual_cnn, self.model.audio_cnn]), [self.clip_head]
 
 
-def _epochs(dataset: ClipDataset, items: Sequence[tuple[ClipPlace, int | None]], size: int, seed: int) -> Epochs:
-    """Every item once an epoch, shuffled; a last batch that is not full is left out, for BatchNorm's sake."""
-    size = min(size, len(items))
-    count = len(items) // size
+def _epochs(dataset: ClipDataset, items: Sequence[tuple[ClipPlace, int | None]], protocol: Finetune,
+            seed: int) -> Epochs:
+    """Every item once an epoch, shuffled; a last part that is not full is left out, for BatchNorm's sake."""
+    cut = cut_of(protocol.batch_size, protocol.micro_batch, section="transfer")
+    size = min(cut.micro_batch, len(items))
 
-    def of_epoch(epoch: int) -> Iterator[list[Wanted]]:
-        order = np.random.default_rng([seed, epoch]).permutation(len(items))
-        for first in range(0, count * size, size):
-            chosen = (items[index] for index in order[first:first + size])
-            yield [Wanted(place, epoch, part) for place, part in chosen]
+    @lru_cache(maxsize=2)
+    def order(epoch: int) -> NDArray[np.int64]:
+        return np.random.default_rng([seed, epoch]).permutation(len(items))
 
-    return Epochs(dataset, of_epoch, count, dataset.folder.clips, dataset.config.workers)
+    def clips_of(epoch: int, first: int, last: int) -> list[Wanted]:
+        chosen = (items[index] for index in order(epoch)[first:last])
+        return [Wanted(place, epoch, part) for place, part in chosen]
+
+    return Epochs(dataset, clips_of, len(items) // size * size, Cut(size * cut.parts, size), dataset.folder.clips,
+                  dataset.config.workers)
 
 
 def fixed_views(protocol: Protocol, modality: str) -> Views:
@@ -133,12 +139,12 @@ def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: C
                   sound=sound)
     whole = protocol.sequence or protocol.random_start
     items = [(clip.place, part) for clip in train for part in ([None] if whole else range(protocol.train_views))]
-    epochs = _epochs(ClipDataset(folder, data, seed, views), items, protocol.batch_size // protocol.accumulate, seed)
-    steps_an_epoch = max(1, len(epochs) // protocol.accumulate)
+    epochs = _epochs(ClipDataset(folder, data, seed, views), items, protocol, seed)
+    steps_an_epoch = max(1, len(epochs) // epochs.batch_size)
     training = TrainingConfig(
-        batch_size=protocol.batch_size, accumulate=protocol.accumulate, steps=protocol.epochs * steps_an_epoch,
-        learning_rate=protocol.head_rate, warmup=protocol.warmup, weight_decay=protocol.weight_decay, clip_norm=0.0,
-        log_every=1, evaluate_every=steps_an_epoch, save_every=_SAVE_EVERY, keep=1, seed=seed)
+        batch_size=protocol.batch_size, steps=protocol.epochs * steps_an_epoch, learning_rate=protocol.head_rate,
+        warmup=protocol.warmup, weight_decay=protocol.weight_decay, clip_norm=0.0, log_every=1,
+        evaluate_every=steps_an_epoch, save_every=_SAVE_EVERY, keep=1, seed=seed)
 
     def save_weights(to: Path) -> None:
         save_model(to / "model.safetensors", model, Config(model=model.config, data=data),
@@ -153,13 +159,13 @@ def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: C
         looked_at = dataset.batch_bytes(tests[0])
         check_room(epochs.in_flight_bytes() + in_flight_bytes(looked_at, data.workers))
     run = Run(RunFolder(out), {"classifier": classifier}, _optimizer(classifier, protocol), training, save_weights)
-    run.go_on()
+    run.go_on(epochs)
 
     def step(batch: Batch, part: int) -> tuple[Tensor, dict[str, Tensor]]:
-        if not batch.keys:  # with `accumulate`, a part may be a single video
+        if not batch.keys:  # a part may be a single video
             return torch.zeros((), device=runtime.device, requires_grad=True), {}
         logits, counts = classifier(*batch.tensors(runtime.device))
-        return _loss(logits, counts, batch.labels, protocol), {}
+        return _loss(logits, counts, batch.labels, protocol) / epochs.parts, {}
 
     def evaluate() -> dict[str, float]:
         if not validation:

@@ -87,13 +87,14 @@ class Finetune(_Seen, _Trained):
     """In training, every clip's sound goes through a random filter: std of its gains, in nats."""
     frequency_shift: Whole = 0
     """In training, sound is shifted by up to so many mel bands."""
-    accumulate: Count = 1
-    """Parts that a batch is computed in, one after the other, to save memory."""
+    micro_batch: Count | None = None
+    """Clips that are computed at once, one such part of a batch after the other, to save memory; none: all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.batch_size % self.accumulate == 0, "transfer.batch_size", self.batch_size,
-              f"a multiple of transfer.accumulate ({self.accumulate})")
+        size = self.micro_batch or self.batch_size
+        check(self.batch_size % size == 0, "transfer.micro_batch", size,
+              f"a divisor of transfer.batch_size ({self.batch_size})")
         check(not (self.sequence and self.random_start), "transfer.random_start", self.random_start,
               "false with sequence")
 

@@ -164,10 +164,10 @@ def draw_retrieval(found: Retrieval, folder: ShardFolder, data: DataConfig, outp
                 raise AvtrainError(str(item.unreadable[0]))
             axis = axes[row, column]
             if sound:
-                heard = item.audio[item.audio_present][:, 0].transpose(0, 1).flatten(1).numpy()
+                heard = item.audio[:, 0].transpose(0, 1).flatten(1).numpy()
                 axis.imshow(heard, origin="lower", aspect="auto", cmap="magma")
             else:
-                seen = item.visual[item.visual_present]
+                seen = item.visual
                 axis.imshow(seen[len(seen) // 2, :, seen.shape[2] // 2].permute(1, 2, 0).numpy())
             kind = "query: " if column == 0 else ""
             axis.set_title(f"{kind}{found.keys[clip][-18:]}", fontsize=7,

@@ -17,7 +17,7 @@ from avtrain.models.graphs import capture, own_gradients
 from avtrain.pretraining.module import Pretraining
 from avtrain.pretraining.optimizer import pretraining_optimizer
 from benchmarks.gpu.report import Figures, Report
-from benchmarks.gpu.steps import draw_of_noise, random_batch
+from benchmarks.gpu.steps import all_there, draw_of_noise, random_batch
 from benchmarks.gpu.whole import relative
 
 _CLIPS, _PARTS, _STEPS = 4, 3, 3
@@ -63,7 +63,7 @@ def added_up(config: Config, device: torch.device, graphs: bool, stages: int) ->
             for part in range(_PARTS):
                 some = slice(part * _CLIPS, (part + 1) * _CLIPS)
                 with torch.autocast(device.type, torch.bfloat16):
-                    result = network(*(tensor[some] for tensor in (visual, audio, *present)),
+                    result = network(*all_there(*(tensor[some] for tensor in (visual, audio, *present))),
                                      draws[step * _PARTS + part])
                 result.loss.backward()
                 losses.append(result.loss.detach())

@@ -16,7 +16,7 @@ from avtrain.config import read_config
 from avtrain.pretraining.module import Pretraining
 from benchmarks.gpu.device import synchronize
 from benchmarks.gpu.report import Figures, Report
-from benchmarks.gpu.steps import draw_of_noise, random_batch
+from benchmarks.gpu.steps import all_there, draw_of_noise, random_batch
 
 _CLIPS, _STEPS = 2, 6
 
@@ -59,7 +59,7 @@ def measured(preset: str, changes: list[str], device: torch.device) -> Figures:
             synchronize(device)
             began = perf_counter()
             with torch.autocast(device.type, torch.bfloat16):
-                loss = module(*batch, draw_of_noise(config, _CLIPS, step, device)).loss
+                loss = module(*all_there(*batch), draw_of_noise(config, _CLIPS, step, device)).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

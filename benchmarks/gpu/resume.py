@@ -19,7 +19,7 @@ from avtrain.pretraining.optimizer import pretraining_optimizer
 from avtrain.run_folder import RunFolder
 from avtrain.runtime import choose_runtime, seed_everything
 from benchmarks.gpu.report import Figures, Report
-from benchmarks.gpu.steps import draw_of_noise, random_batch
+from benchmarks.gpu.steps import all_there, draw_of_noise, random_batch
 
 _STEPS, _SAVED, _KILLED = 4, 2, 4
 
@@ -38,11 +38,14 @@ class NoiseBatches:
     def __init__(self, config: Config, device: torch.device) -> None:
         self._visual, self._audio, *self._present = random_batch(config, 2, device)
 
+    batch_size, parts = 2, 1
+
     def __len__(self) -> int:
         return 1000
 
-    def starting_at(self, epoch: int, batch: int) -> Iterator[_Noise]:
-        """From that batch on."""
+    def starting_at(self, first: int) -> Iterator[_Noise]:
+        """From that clip on."""
+        batch = first // 2
         while True:
             visual = self._visual.roll(7 * batch + 1, dims=-1)
             yield _Noise((visual, self._audio.roll(batch, dims=-1), *self._present), ["one", "other"])
@@ -53,21 +56,22 @@ def train(folder: Path, config: Config, device: torch.device, die: bool, determi
     """A few steps with the engine; `die`: the process ends at once, as if killed, in the step after a checkpoint."""
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     config = replace(config, training=replace(config.training, steps=_STEPS, save_every=_SAVED, batch_size=2,
-                                              evaluate_every=1000, log_every=1, warmup=0.0, accumulate=1))
+                                              evaluate_every=1000, log_every=1, warmup=0.0, micro_batch=None))
     runtime = choose_runtime(str(device), "bfloat16")
     seed_everything(0)
     network = Pretraining(config).to(device).train()
     modules: dict[str, nn.Module] = {"model": network.model, "objectives": network.objectives}
     run = Run(RunFolder(folder), modules, pretraining_optimizer(modules, config.training), config.training,
               lambda part: None)
-    run.go_on()
+    supply = NoiseBatches(config, device)
+    run.go_on(supply)
 
     def step(batch: _Noise, part: int) -> tuple[Tensor, dict[str, Tensor]]:
         if die and run.position.step == _KILLED - 1:
             os._exit(9)
-        return network(*batch.tensors, draw_of_noise(config, 2, run.position.step, device)).loss, {}
+        return network(*all_there(*batch.tensors), draw_of_noise(config, 2, run.position.step, device)).loss, {}
 
-    run.train(step, NoiseBatches(config, device), runtime.autocast, dict)
+    run.train(step, supply, runtime.autocast, dict)
 
 
 def run(report: Report, preset: str, changes: list[str], device: torch.device, folder: Path) -> None:

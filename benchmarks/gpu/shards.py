@@ -132,12 +132,14 @@ def drawn_video(number: int, frames: int) -> bytes:
 
 def trained(bench: Bench, setting: Setting, folder: Path, workers: int) -> Figures:
     """Some seconds of training from the shards; the first batches, which fill the queues, don't count."""
-    from avtrain.data.shards import open_folders  # these read media files through packages that may be missing
+    from avtrain.data.clips import ClipDataset  # these read media files through packages that may be missing
+    from avtrain.data.shards import open_folders
     from avtrain.pretraining.pretrain import epochs_of
 
     config = replace(bench.config, data=replace(bench.config.data, workers=workers),
-                     training=replace(bench.config.training, batch_size=setting.clips, accumulate=1))
-    supply = epochs_of(open_folders([str(folder)], labelled=False), config).starting_at(0, 0)
+                     training=replace(bench.config.training, batch_size=setting.clips, micro_batch=None))
+    dataset = ClipDataset(open_folders([str(folder)], labelled=False), config.data, 0)
+    supply = epochs_of(dataset, config, pin_memory=bench.device.type == "cuda").starting_at(0)
     full = (batch.tensors(bench.device) for batch in supply if len(batch.keys) == setting.clips)  # graphs have one size
     with bench.running(setting) as step:
         for _ in range(2):
@@ -169,8 +171,8 @@ def pretrained(bench: Bench, clips: int, folder: Path, graphs: bool) -> Figures:
 
     config = replace(bench.config, data=replace(bench.config.data, workers=max(1, len(os.sched_getaffinity(0)) - 2)),
                      model=replace(bench.config.model, dropout=0.0),
-                     training=replace(bench.config.training, batch_size=2 * clips, accumulate=2, steps=16, log_every=4,
-                                      save_every=16, evaluate_every=16, cuda_graphs=graphs))
+                     training=replace(bench.config.training, batch_size=2 * clips, micro_batch=clips, steps=16,
+                                      log_every=4, save_every=16, evaluate_every=16, cuda_graphs=graphs))
     gc.collect()  # graphs of other settings hold their memory until they are gone
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -23,7 +23,7 @@ from avtrain.models import forms
 from avtrain.models.avbert import AVBert
 from avtrain.models.cnn import Residual, Stage
 from avtrain.models.graphs import capture, own_gradients
-from avtrain.pretraining.draw import Draw, drawn
+from avtrain.pretraining.draw import Clips, Draw, drawn
 from avtrain.pretraining.objectives import Objectives
 from avtrain.pretraining.optimizer import pretraining_optimizer
 from benchmarks.gpu.device import NOMINAL_TFLOPS, synchronize
@@ -193,9 +193,10 @@ class Step:
         with torch.autocast(self._bench.device.type, self._setting.precision,
                             enabled=self._setting.precision is not None):
             draw = draw_of_noise(self._bench.config, len(batch[0]), self._number, self._bench.device)
-            embedded, *_ = self.model.embed(*batch, (None, None) if waits else draw.here)
+            *inputs, read = all_there(*batch)
+            embedded = self.model.embed(*batch)[0] if waits else self.model.embed_segments(*inputs)
             mark("CNNs, forward")
-            result = self.objectives(self.model, embedded, draw)
+            result = self.objectives(self.model, embedded, draw, read)
         mark("Transformers and objectives, forward")
         result.loss.backward()
         mark("backward")
@@ -240,12 +241,18 @@ def random_batch(config: Config, clips: int, device: torch.device) -> tuple[Tens
     return visual, audio, present, present.clone()
 
 
+def all_there(visual: Tensor, audio: Tensor, visual_present: Tensor, audio_present: Tensor) -> tuple[Any, ...]:
+    """Such clips as `Pretraining.forward` takes them, all but the draw."""
+    return (visual.flatten(0, 1), audio.flatten(0, 1), visual_present, audio_present, (None, None),
+            visual_present[:, 0])
+
+
 def draw_of_noise(config: Config, clips: int, step: int, device: torch.device) -> Draw:
     """Masks and pairs for such a batch."""
     present = torch.ones(clips, config.data.segments, dtype=torch.bool)
     objectives = config.objectives
-    return drawn(present, present, [str(clip) for clip in range(clips)], range(clips), config.training.seed, step,
-                 objectives.mask_rate, objectives.draws).to(device)
+    named = Clips(present, present, [str(clip) for clip in range(clips)])
+    return drawn(named, range(clips), config.training.seed, step, objectives.mask_rate, objectives.draws).to(device)
 
 
 def training_flop(config: Config) -> float:

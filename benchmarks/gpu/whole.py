@@ -14,7 +14,7 @@ from avtrain.config import Config
 from avtrain.models import forms
 from avtrain.models.avbert import AVBert
 from avtrain.models.graphs import capture
-from avtrain.pretraining.draw import drawn
+from avtrain.pretraining.draw import Clips, drawn
 from avtrain.pretraining.objectives import Objectives
 from benchmarks.gpu.report import Figures, Report
 from benchmarks.gpu.steps import PLAIN
@@ -134,10 +134,10 @@ class Whole:
                 capture(model, visual, audio, 1, torch.bfloat16, True)
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 embedded, *_ = model.embed(visual, audio)
-                present = torch.ones(visual.shape[:2], dtype=torch.bool)
-                draw = drawn(present, present, [str(clip) for clip in range(len(visual))], range(len(visual)), 0, 4,
+                present, clips = torch.ones(visual.shape[:2], dtype=torch.bool), range(len(visual))
+                draw = drawn(Clips(present, present, [str(clip) for clip in clips]), clips, 0, 4,
                              objectives.config.mask_rate).to(device)
-                result = objectives(model, embedded, draw)
+                result = objectives(model, embedded, draw, present[:, 0].to(device))
             result.loss.backward()
         found = {"loss": result.loss, "output.visual": embedded.visual_local, "output.audio": embedded.audio_local}
         named: list[nn.Module] = [model, objectives]

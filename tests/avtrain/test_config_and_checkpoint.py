@@ -34,7 +34,7 @@ def test_presets_survive_a_round_trip(preset: str) -> None:
 
 
 def test_paper_preset_is_the_default_but_for_memory() -> None:
-    assert read_config("paper", ["training.accumulate=1"]) == Config()
+    assert read_config("paper", ["training.micro_batch=none"]) == Config()
 
 
 def test_overrides() -> None:

@@ -26,16 +26,18 @@ class _Batch:
 
 
 class _Batches:
-    """Seven batches an epoch; counts how many were made."""
+    """Seven batches of four an epoch; counts how many were made."""
+
+    batch_size, parts = 4, 1
 
     def __init__(self):
         self.made = []
 
     def __len__(self):
-        return 7
+        return 28
 
-    def starting_at(self, epoch, batch):
-        for index in itertools.count(7 * epoch + batch):
+    def starting_at(self, first):
+        for index in itertools.count(first // 4):
             self.made.append(divmod(index, 7))
             random = torch.Generator().manual_seed(index)
             yield _Batch(list("abcd"), torch.randn(4, 8, generator=random))
@@ -79,7 +81,7 @@ def test_resuming_goes_on_to_the_same_losses_in_the_middle_of_an_epoch(tmp_path)
         file.write('{"step": 11, "loss": 5, "twi')  # killed while it wrote
     second = _Experiment(tmp_path / "parts")
     torch.manual_seed(99)
-    second.run.go_on()
+    second.run.go_on(_Batches())
     second.train()
     assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole") and len(_losses(tmp_path / "whole")) == 20
     assert second.batches.made[0] == (1, 3)  # nothing that was seen is made again
@@ -95,7 +97,7 @@ def test_resuming_after_a_kill_starts_at_the_last_whole_checkpoint(tmp_path):
     (checkpoints / "step-000009.part").mkdir()
     (checkpoints / "step-000010").mkdir()  # no training.pt: not whole
     second = _Experiment(tmp_path)
-    second.run.go_on()
+    second.run.go_on(_Batches())
     assert second.run.position.step == 8
 
 
@@ -113,7 +115,7 @@ def test_resuming_that_is_stopped_leaves_the_metrics_as_they_were(tmp_path, monk
     second = _Experiment(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "write_text", stopped)
-        second.run.go_on()
+        second.run.go_on(_Batches())
     assert (tmp_path / "metrics.jsonl").read_text() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl", "tensorboard"]
 
@@ -155,7 +157,7 @@ def test_a_bad_step_is_skipped_by_a_run_of_an_earlier_version_too(tmp_path):
         group["fused"] = None
     torch.save(state, path)
     experiment = _Experiment(tmp_path, bad_steps=[1])
-    assert experiment.run.go_on()
+    assert experiment.run.go_on(_Batches())
     experiment.train(max_steps=4)
     assert experiment.run.position.skipped_steps == 1
     for name, tensor in experiment.network.state_dict().items():
@@ -188,17 +190,17 @@ def test_a_run_that_ends_with_losses_that_are_not_finite_has_a_checkpoint_or_fai
     saved.train(max_steps=5)
     assert saved.run.folder.last_checkpoint().name == "step-000003" and saved.run.bad_steps == 1
     resumed = _Experiment(tmp_path / "saved", bad_steps=range(1, 100))
-    resumed.run.go_on()
+    resumed.run.go_on(_Batches())
     resumed.train(max_steps=5)
     assert resumed.run.folder.last_checkpoint().name == "step-000003" and resumed.run.bad_steps == 2
     again = _Experiment(tmp_path / "saved")
-    again.run.go_on()
+    again.run.go_on(_Batches())
     again.train(max_steps=5)
     assert again.run.folder.last_checkpoint().name == "step-000005" and again.run.bad_steps == 0
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
-    """Two parts of equal size: the same as their mean loss, without batch statistics, dropout and noise."""
+    """Two parts, whose shares of the mean add up: the same as at once, without batch statistics, dropout and noise."""
     torch.manual_seed(0)
     results = []
     for parts in (1, 2):
@@ -206,15 +208,17 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
         network = nn.Linear(8, 1)
         optimizer = torch.optim.SGD(network.parameters(), fused=True)
         run = Run(RunFolder(tmp_path / str(parts)), {"network": network}, optimizer,
-                  replace(CONFIG, accumulate=parts, steps=1), lambda folder: None)
+                  replace(CONFIG, steps=1), lambda folder: None)
 
         class Halves(_Batches):
-            def starting_at(self, epoch, batch, parts=parts):
+            def starting_at(self, first, parts=parts):
                 inputs = torch.randn(4, 8, generator=torch.Generator().manual_seed(3))
                 for part in inputs.chunk(parts):
                     yield _Batch(["k"] * len(part), part)
 
-        run.train(lambda batch, part, network=network: (network(batch.inputs).square().mean(), {}), Halves(),
+        halves = Halves()
+        halves.parts = parts
+        run.train(lambda batch, part, network=network: (network(batch.inputs).square().sum() / 4, {}), halves,
                   nullcontext, dict)
         results.append(network.weight.detach().clone())
     assert torch.allclose(results[0], results[1], atol=1e-7)
@@ -229,19 +233,19 @@ def test_learning_rate_rises_and_falls():
 
 
 def test_without_a_checkpoint_a_run_begins_and_one_of_another_model_is_refused(tmp_path):
-    assert not _Experiment(tmp_path).run.go_on()
+    assert not _Experiment(tmp_path).run.go_on(_Batches())
     _Experiment(tmp_path).train(max_steps=1)
     network = nn.Linear(3, 3)
     other = Run(RunFolder(tmp_path), {"network": network}, torch.optim.Adam(network.parameters(), fused=True), CONFIG,
                 lambda folder: None)
     with pytest.raises(AvtrainError, match=r"other settings: .* --force begins anew"):
-        other.go_on()
+        other.go_on(_Batches())
 
 
 def test_a_run_that_is_there_already_does_nothing(tmp_path):
     _Experiment(tmp_path).train(max_steps=4)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     again = _Experiment(tmp_path)
-    assert again.run.go_on()
+    assert again.run.go_on(_Batches())
     again.train(max_steps=4)
     assert again.steps == 0 and {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

@@ -27,7 +27,7 @@ def test_a_last_line_that_was_cut_off_is_not_there(tmp_path, rest):
         folder.log({"step": step, "loss": 1 / 3, "test_loss": step})
     whole = (tmp_path / "metrics.jsonl").read_text()
     (tmp_path / "metrics.jsonl").write_text(whole + rest)
-    assert folder.lines() == [{"step": step, "loss": 0.333333, "test_loss": step} for step in (1, 2)]
+    assert folder.lines() == [{"step": step, "loss": 0.3333333333, "test_loss": step} for step in (1, 2)]
     assert folder.last_figures()["step"] == 2
     folder.drop_lines_after(2)
     assert (tmp_path / "metrics.jsonl").read_text() == whole

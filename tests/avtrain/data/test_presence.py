@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from padded import padded
 
 from avtrain.config import DataConfig
 from avtrain.data.clips import ClipDataset
@@ -48,7 +49,7 @@ def test_a_segment_counts_from_half_its_length_on(length, counts):
 def test_picture_and_sound_count_alike(folder, frames, seed):
     row = _row(folder, f"of{frames}")
     assert row.frames == frames
-    clip = ClipDataset(folder, DATA, seed)[row.place, 0]
+    clip = padded(ClipDataset(folder, DATA, seed)[row.place, 0])
     expected = torch.arange(15) < SEGMENTS[frames]
     assert torch.equal(clip.visual_present[0], expected) and torch.equal(clip.audio_present[0], expected)
     assert clip.visual[0, :SEGMENTS[frames]].float().mean((1, 2, 3, 4)).min() > 0  # nowhere left black
@@ -58,7 +59,7 @@ def test_picture_and_sound_count_alike(folder, frames, seed):
 @pytest.mark.parametrize("frames", [159, 176])
 def test_the_last_frame_is_held_and_sound_is_filled_with_zeros(folder, frames):
     row = _row(folder, f"of{frames}")
-    clip = ClipDataset(folder, DATA, None)[row.place, 0]
+    clip = padded(ClipDataset(folder, DATA, None)[row.place, 0])
     last, rest = SEGMENTS[frames] - 1, frames % 32 or 32
     lumas = clip.visual[0, last].float().mean((0, 2, 3)) * 219 / 255 + 16 - 40
     np.testing.assert_allclose(lumas, 32 * last + np.minimum(np.arange(0, 32, 4), (rest - 1) // 4 * 4), atol=2)
@@ -76,7 +77,7 @@ def test_what_is_there_follows_from_the_row_alone(folder, modality, segments):
         known = presence(row, data, 32)
         assert known.shape == (2, segments)
         for seed, epoch in ((None, 0), (0, 0), (0, 1), (0, 2)):
-            clip = ClipDataset(folder, data, seed)[row.place, epoch]
+            clip = padded(ClipDataset(folder, data, seed)[row.place, epoch])
             assert np.array_equal(torch.cat((clip.visual_present, clip.audio_present)), known), (row.key, seed, epoch)
             assert not clip.audio[~clip.audio_present].any() and not clip.visual[:, ~known[0]].any()
 
@@ -84,7 +85,8 @@ def test_what_is_there_follows_from_the_row_alone(folder, modality, segments):
 def test_the_part_that_is_taken_begins_anywhere_where_both_are(folder):
     def first_lumas(name, segments):
         row, data = _row(folder, name), replace(DATA, segments=segments)
-        found = (ClipDataset(folder, data, 0)[row.place, epoch].visual[0, 0, :, 0].float().mean() for epoch in range(24))
+        dataset = ClipDataset(folder, data, 0)
+        found = (padded(dataset[row.place, epoch]).visual[0, 0, :, 0].float().mean() for epoch in range(24))
         return {round((float(luma) * 219 / 255 + 16 - 40) / 32) for luma in found}
 
     assert first_lumas("of160", 3) == {0, 1, 2}

@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from padded import padded
 
 from avtrain.config import DataConfig
 from avtrain.data.augment import SoundAugmentation
@@ -54,7 +55,7 @@ def _clip(folder, name):
 
 
 def _rows(folder, clip, views, part=None, seed=None, epoch=0):
-    return ClipDataset(folder, DATA, seed, views)[clip.place, epoch, part]
+    return padded(ClipDataset(folder, DATA, seed, views)[clip.place, epoch, part])
 
 
 def test_clips_are_listed_as_the_shards_have_them(folder):
@@ -83,7 +84,7 @@ def test_a_centre_of_the_size_of_training_is_pretrainings_fixed_view(folder, nam
     clip = _clip(folder, name)
     rows = _rows(folder, clip, Views("both", 10, whole=False))
     assert rows.visual.shape == (10, 1, 3, 32, DATA.crop, DATA.crop) and DATA.crop < DATA.scale[0]
-    assert torch.equal(rows.visual[0, 0], ClipDataset(folder, DATA, None)[clip.place, 0].visual[0, 0])
+    assert torch.equal(rows.visual[0, 0], padded(ClipDataset(folder, DATA, None)[clip.place, 0]).visual[0, 0])
 
 
 def test_sound_of_a_view_starts_with_its_picture(folder):
@@ -106,7 +107,8 @@ def test_what_is_left_out_or_lacking_is_absent(folder):
     silent = _rows(folder, short, Views("both", 4))
     assert silent.visual_present.all() and not silent.audio_present.any() and not silent.audio.any()
     assert torch.equal(silent.visual[0, 0, :, 20], silent.visual[0, 0, :, 31])  # the last frame is held
-    batch = next(batches(ClipDataset(folder, DATA, None, Views("both", 4)), [[(wide.place, 0), (short.place, 0)]], 0))
+    dataset = ClipDataset(folder, DATA, None, Views("both", 4))
+    batch = next(batches(dataset, [[(wide.place, 0), (short.place, 0)]], 0))
     assert batch.visual.shape[0] == 8 and batch.keys == [wide.key] * 4 + [short.key] * 4
 
 

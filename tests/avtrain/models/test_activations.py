@@ -20,7 +20,7 @@ def steps(preset):
 @pytest.mark.parametrize(("preset", "card_gb"), [("paper", 80), ("small", 24)])
 def test_presets_fit(preset, card_gb):
     config = read_config(preset)
-    clips = config.training.batch_size // config.training.accumulate
+    clips = config.training.micro_batch
     step = steps(preset)[config.model.stages_recomputed]
     assert step.gib(clips, config.data.segments) <= SHARE * card_gb * GB
     assert step.gib(8 * clips, config.data.segments) > card_gb * GB  # the bound says something

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from avtrain.config import Config, DataConfig, ModelConfig, ObjectivesConfig, TrainingConfig
+from avtrain.data.loader import Batch
 from avtrain.engine import Run
 from avtrain.models import forms
 from avtrain.models.cnn import Stage, stage3d
 from avtrain.models.recomputation import kept, recomputed
-from avtrain.pretraining.draw import drawn
-from avtrain.pretraining.module import Pretraining
+from avtrain.pretraining.draw import Clips, drawn
+from avtrain.pretraining.module import Pretraining, inputs_of
 from avtrain.run_folder import RunFolder
 
 SMALL = ModelConfig(visual_width=8, visual_blocks=(2, 1, 1), audio_width=8, audio_blocks=(2, 1), audio_stem_stride=2,
@@ -45,8 +46,10 @@ class Noise(nn.Module):
         seen = heard = torch.ones(self.clips, SEGMENTS, dtype=torch.bool)
         seen = seen.index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(False))
         heard = heard.index_fill(0, torch.tensor(0), False)
-        draw = drawn(seen, heard, [str(clip) for clip in range(self.clips)], range(self.clips), 0, step, 0.4)
-        loss: Tensor = self.network(visual, audio, seen, heard, draw).loss
+        names = [str(clip) for clip in range(self.clips)]
+        batch = Batch(visual[seen], audio[heard], seen, heard, [], names, list(range(self.clips)))
+        draw = drawn(Clips(seen, heard, names), range(self.clips), 0, step, 0.4)
+        loss: Tensor = self.network(*inputs_of(batch, self.clips, torch.device("cpu")), draw).loss
         return loss
 
 
@@ -111,9 +114,9 @@ def test_256_equal_parts_have_the_gradient_of_one(tmp_path: Path) -> None:
         module = Noise(replace(SMALL, visual_blocks=(1,), audio_blocks=(1,), layers=1, stages_recomputed=1),
                              clips=2).train()
         optimizer = Watched(module.parameters(), fused=True)
-        training = TrainingConfig(batch_size=256, accumulate=parts, steps=1, clip_norm=0.0)
+        training = TrainingConfig(steps=1, clip_norm=0.0)
         run = Run(RunFolder(tmp_path / str(parts)), {"module": module}, optimizer, training, lambda folder: None)
-        run.train(lambda batch, part, module=module: (module(), {}), Equal(),
+        run.train(lambda batch, part, module=module, parts=parts: (module() / parts, {}), Equal(parts),
                   lambda: torch.autocast("cpu", torch.bfloat16), dict)
         found.append(optimizer.gradients)
     assert len(found[0]) > 80
@@ -132,10 +135,15 @@ class Watched(torch.optim.SGD):
 class Equal:
     """A batch that is always the same."""
 
+    batch_size = 256
+
+    def __init__(self, parts: int) -> None:
+        self.parts = parts
+
     def __len__(self) -> int:
         return 1
 
-    def starting_at(self, epoch: int, batch: int) -> Iterator[Any]:
+    def starting_at(self, first: int) -> Iterator[Any]:
         """From that batch on."""
         while True:
             yield SimpleNamespace(keys=["clip"])
@@ -146,7 +154,7 @@ class CountedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, x: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, factors: Tensor,
-                relu: bool, fork: bool) -> Tensor:
+                of_all: Tensor | None, relu: bool, fork: bool) -> Tensor:
         scale, offset, *_ = factors.view(4, 1, -1, 1, 1, 1)
         y = x * scale + offset + (0 if shortcut is None else shortcut)
         context.relu, context.with_shortcut = relu, shortcut is not None
@@ -163,7 +171,7 @@ class CountedNorm(torch.autograd.Function):
         of_weight, of_bias = (gradient * normal).sum(over), gradient.sum(over)
         shared = (normal * of_weight.view_as(mean) + of_bias.view_as(mean)) / (x.numel() / len(of_bias))
         return (scale * (gradient - shared), gradient if context.with_shortcut else None, of_weight, of_bias, None,
-                None, None)
+                None, None, None)
 
 
 @pytest.mark.parametrize("again", [False, True])

@@ -9,10 +9,10 @@ from torch import nn
 
 from avtrain.config import ModelConfig, ObjectivesConfig
 from avtrain.models.avbert import AVBert
-from avtrain.pretraining.draw import drawn
+from avtrain.pretraining.draw import Clips, drawn
 from avtrain.pretraining.negatives import sample_negatives, sampling_weights
 from avtrain.pretraining.noise import hashed
-from avtrain.pretraining.objectives import Objectives
+from avtrain.pretraining.objectives import Objectives, shared_group
 
 SMALL = {"visual_width": 4, "visual_blocks": (1,), "audio_width": 4, "audio_blocks": (1,), "audio_stem_stride": 4,
          "dimension": 16, "layers": 1, "heads": 2, "feedforward": 32, "rank": 4, "dropout": 0.0, "max_segments": 6}
@@ -39,13 +39,23 @@ def _setup(fusion="mid", batch=6, segments=5, **objectives):
 
 def _drawn(objectives, visual_present, audio_present, step=0, pairs=True):
     clips, config = len(visual_present), objectives.config
-    return drawn(visual_present, audio_present, [f"video{clip}" for clip in range(clips)], range(clips), 0, step,
-                 config.mask_rate, config.draws, pairs)
+    sources = [f"video{clip}" for clip in range(clips)]
+    return drawn(Clips(visual_present, audio_present, sources), range(clips), 0, step, config.mask_rate, config.draws,
+                 pairs)
 
 
 def _result(model, objectives, inputs, step=0):
     embedded, *present = model.embed(*inputs)
-    return objectives(model, embedded, _drawn(objectives, *present, step, pairs=objectives.config.pair > 0))
+    draw = _drawn(objectives, *present, step, pairs=objectives.config.pair > 0)
+    return objectives(model, embedded, draw, _all_read(embedded))
+
+
+def _all_read(embedded):
+    return torch.ones(len(embedded.visual_local), dtype=torch.bool)
+
+
+def _tokens(objectives, model, embedded, draw):
+    return objectives.tokens(model, embedded, shared_group(embedded, _all_read(embedded), draw), draw)
 
 
 # --- negatives
@@ -175,7 +185,7 @@ def test_masked_loss_is_that_of_a_plain_float64_loop(draws):
     objectives.requires_grad_(False)
     embedded, *present = model.embed(*inputs)
     draw = _drawn(objectives, *present, pairs=False)
-    seen = objectives.tokens(model, embedded, draw)
+    seen = _tokens(objectives, model, embedded, draw)
     for modality, name in ((0, "visual"), (1, "audio")):
         everything = embedded.local(modality).flatten(0, 1)
         losses = {name: [], f"multimodal_{name}": []}
@@ -202,8 +212,8 @@ def test_a_wrong_pair_counts_where_its_sound_or_picture_is_alone():
     draw = _drawn(objectives, *present)
     right = draw.pairs.right
     assert 0 < right.sum() < 8
-    tokens = type(objectives.tokens(model, embedded, draw))(*(
-        tensor.detach().requires_grad_() for tensor in objectives.tokens(model, embedded, draw)))
+    tokens = type(_tokens(objectives, model, embedded, draw))(*(
+        tensor.detach().requires_grad_() for tensor in _tokens(objectives, model, embedded, draw)))
     for predictor in objectives.predictors:
         predicted, local = draw.predicted["audio" in predictor], embedded.local("audio" in predictor).flatten(0, 1)
         outputs = predicted.outputs[predicted.joint] if "multi" in predictor else predicted.outputs
@@ -222,9 +232,8 @@ def test_what_is_predicted_is_what_was_hidden_in_that_row(modality):
     present[3, 4] = False
     draw = _drawn(objectives, present, present.clone())
     rows_own = torch.arange(8) if modality == 0 else draw.pairs.sound_of
-    shown = draw.masks[modality][rows_own]
     predicted = draw.predicted[modality]
-    assert torch.equal(predicted.outputs, shown.flatten().nonzero()[:, 0])
+    assert torch.equal(predicted.outputs, draw.masks[modality].flatten().nonzero()[:, 0])
     own = rows_own[predicted.outputs // 5] * 5 + predicted.outputs % 5
     assert torch.equal(draw.here[modality][predicted.targets], own)
 
@@ -237,8 +246,8 @@ def test_pairs_are_judged_at_every_time_that_is_seen_and_heard(draws):
     inputs[2][4, 3:] = inputs[3][5, :2] = False
     embedded, *present = model.embed(*inputs)
     draw = _drawn(objectives, *present)
-    parts = objectives(model, embedded, draw).parts
-    logits = objectives.pair(objectives.tokens(model, embedded, draw).multimodal_tokens)[..., 0].tolist()
+    parts = objectives(model, embedded, draw, _all_read(embedded)).parts
+    logits = objectives.pair(_tokens(objectives, model, embedded, draw).multimodal_tokens)[..., 0].tolist()
     losses, hits, alone = [], [], 0
     for row, (sound, right) in enumerate(zip(draw.pairs.sound_of.tolist(), draw.pairs.right.tolist(), strict=True)):
         times = [time for time in range(5) if inputs[2][row % 6, time] and inputs[3][sound % 6, time]]

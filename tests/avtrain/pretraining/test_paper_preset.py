@@ -15,8 +15,8 @@ from avtrain.data.loader import batches
 from avtrain.data.order import at_epoch, fixed_order
 from avtrain.data.shards import open_folders
 from avtrain.engine import Run
-from avtrain.pretraining.draw import draw_for
-from avtrain.pretraining.module import Pretraining
+from avtrain.pretraining.draw import drawn, planned
+from avtrain.pretraining.module import Pretraining, inputs_of
 from avtrain.pretraining.optimizer import pretraining_optimizer
 from avtrain.run_folder import RunFolder
 from avtrain.runtime import choose_runtime, seed_everything
@@ -30,10 +30,12 @@ class _Same:
     def __init__(self, batch):
         self.batch = batch
 
-    def __len__(self):
-        return STEPS
+    batch_size, parts = 2, 1
 
-    def starting_at(self, epoch, batch):
+    def __len__(self):
+        return 2 * STEPS
+
+    def starting_at(self, first):
         while True:
             yield self.batch
 
@@ -45,12 +47,14 @@ def test_steps_on_two_real_clips_lower_the_loss(media, avprep, tmp_path, capsys)
         shutil.copy(media / name, tmp_path / "raw")
     done = avprep("build", "--dataset", "folder", "--raw", tmp_path / "raw", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    config = read_config("paper", ["training.batch_size=2", "training.accumulate=1", f"training.steps={STEPS}",
+    config = read_config("paper", ["training.batch_size=2", "training.micro_batch=2", f"training.steps={STEPS}",
                                    "training.warmup=0", "training.log_every=1", "model.stages_recomputed=1",
                                    "objectives.pair=0"])
     folder = open_folders([str(tmp_path / "folder" / "train")])
     places = fixed_order([shard.clips for shard in folder.shards])
-    [batch] = batches(ClipDataset(folder, config.data, 0), at_epoch([places], 0), 0)
+    dataset = ClipDataset(folder, config.data, 0)
+    [wanted] = at_epoch([places], 0)
+    [batch] = batches(dataset, [wanted], 0)
     assert len(batch.keys) == 2 and batch.visual_present.sum() > 4
     runtime = choose_runtime("cpu", "auto")
     seed_everything(0)
@@ -58,7 +62,9 @@ def test_steps_on_two_real_clips_lower_the_loss(media, avprep, tmp_path, capsys)
 
     def step(batch, part=0):
         torch.manual_seed(0)  # the same dropout and, below, the same masks and negatives: what is left is learning
-        result = network(*batch.tensors(runtime.device), draw_for(batch, config, 0, config.training.seed, 0))
+        draw = drawn(planned(dataset, wanted), range(2), config.training.seed, 0, config.objectives.mask_rate,
+                     config.objectives.draws, pairs=False)
+        result = network(*inputs_of(batch, 2, runtime.device), draw)
         return result.loss, result.parts
 
     def loss_now():

@@ -159,7 +159,7 @@ def test_a_setting_of_another_protocol_is_none_of_this_one(name, field, near):
     ("knn", "test_crops=2", "transfer.test_crops = 2: one of 1, 3 is wanted"),
     ("knn", "test_crops=true", "transfer.test_crops = True: one of 1, 3 is wanted"),
     ("knn", "test_whole=false", "transfer.test_crops = 3: 1 without test_whole is wanted"),
-    ("finetune", "accumulate=5", "transfer.batch_size = 32: a multiple of transfer.accumulate (5) is wanted")])
+    ("finetune", "micro_batch=5", "transfer.micro_batch = 5: a divisor of transfer.batch_size (32) is wanted")])
 def test_a_wrong_value_says_what_is_wanted(name, override, message):
     with pytest.raises(AvtrainError) as error:
         protocol_for("ucf101", name, "published", [f"transfer.{override}"])

@@ -42,7 +42,7 @@ def test_ucf101_finetuned_as_published_in_small(tree, tmp_path):
 
 
 def test_kinetics_sounds_with_a_silent_video_and_one_of_two_clips(tree, tmp_path):
-    done = run_eval(tree, tmp_path / "run", "kinetics-sounds", *settings(QUICK), "--set", "transfer.accumulate=2")
+    done = run_eval(tree, tmp_path / "run", "kinetics-sounds", *settings(QUICK), "--set", "transfer.micro_batch=2")
     assert done.exit_code == 0, done.output
     lines = predictions_of(tmp_path / "run")
     assert len(lines) == 7 and sum("long" in line["video"] for line in lines) == 1
@@ -144,7 +144,7 @@ def test_a_training_video_that_cannot_be_decoded_is_passed_over_even_alone_in_it
     monkeypatch.setattr("avtrain.data.loader.MOST_UNREADABLE", 0.2)  # one of nine
     shutil.copytree(tree / "kinetics-sounds", tmp_path / "kinetics-sounds")
     _damage_a_silent_video(tmp_path / "kinetics-sounds" / "train")
-    _finetuned(tmp_path, tmp_path / "run", checkpoint, "--set", "transfer.accumulate=4")
+    _finetuned(tmp_path, tmp_path / "run", checkpoint, "--set", "transfer.micro_batch=1")
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/split-1/metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 2 and all(loss > 0 for loss in losses)
 
