@@ -70,3 +70,8 @@ def seed_everything(seed: int) -> None:
 def at_least_float32(values: Tensor) -> Tensor:
     """float64 stays, and what is less precise becomes float32."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def without_autocast(values: Tensor) -> AbstractContextManager[object]:
+    """The context for operations on these that keep the types they are given. Meta tensors have no autocast."""
+    return nullcontext() if values.is_meta else torch.autocast(values.device.type, enabled=False)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from avtrain.models import forms
 from avtrain.models.recomputation import normed, recomputed
 from avtrain.models.synced_norm import is_over_ranks, normed_over_ranks
+from avtrain.runtime import without_autocast
 
 EXPANSION = 4  # a bottleneck's outputs per inner channel
 
@@ -223,7 +224,7 @@ class Conv2d(nn.Conv2d):
             return F.conv2d(x[..., ::self.stride[0], ::self.stride[1]], self.weight, self.bias)
         if fits(x, self.kernel_size):
             return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return super().forward(x.to(self.weight.dtype))
 
 
@@ -245,7 +246,7 @@ class Conv3d(nn.Conv3d):
                                 padding=(int(self.padding[0]), 0))
                 return flat.view(*flat.shape[:3], *x.shape[3:])
             return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return super().forward(x.to(self.weight.dtype))
 
 

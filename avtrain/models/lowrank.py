@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from avtrain.runtime import without_autocast
+
 
 class FoldedLinear(NamedTuple):
     """`maps` linear maps of the same input, ready to be applied any number of times."""
@@ -94,7 +96,7 @@ def rotation_of(skew: Tensor) -> Tensor:
     Returns:
         (..., rank, rank), float32 (float64 for float64).
     """
-    with torch.autocast(skew.device.type, enabled=False):
+    with without_autocast(skew):
         upper = skew.to(torch.promote_types(skew.dtype, torch.float32)).triu(1)
         rotation: Tensor = _Exponential.apply(upper - upper.mT)  # type: ignore[no-untyped-call]
         return rotation
@@ -160,6 +162,6 @@ def rotation_blocks(count: int, rank: int) -> Tensor:
 
 def compute_dtype(x: Tensor) -> Tensor:
     """`x` as autocast would have it, so that weights are cast once a step instead of at every layer."""
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # meta tensors have none
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from avtrain.pretraining.noise import mixed_in, uniforms
+from avtrain.runtime import without_autocast
 
 _AT_ONCE = 2**22  # pairs of anchor and candidate
 
@@ -35,7 +36,7 @@ def sampling_weights(embeddings: Tensor, anchors: Tensor, sampling: str, keep_pe
         out = out | ~usable
     if sampling == "random":
         return (~out).to(dtype)
-    with torch.autocast(embeddings.device.type, enabled=False):
+    with without_autocast(embeddings):
         unit = F.normalize(embeddings.detach().to(dtype), dim=1)
         # From the inner product: a fraction of the memory of all differences, and exact enough to rank.
         distance = (2 - 2 * unit[anchors] @ unit.T).clamp(min=0).sqrt()

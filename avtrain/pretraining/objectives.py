@@ -19,7 +19,7 @@ from avtrain.models.avbert import AVBert, LocalEmbeddings, Tokens
 from avtrain.models.heads import SequenceHead
 from avtrain.pretraining.draw import Draw
 from avtrain.pretraining.negatives import sample_negatives
-from avtrain.runtime import at_least_float32
+from avtrain.runtime import at_least_float32, without_autocast
 
 VISUAL, AUDIO = 0, 1
 _START_SCALE = 0.2
@@ -162,7 +162,7 @@ class Objectives(nn.Module):
         head = self.predictors[predictor]
         assert isinstance(head, Predictor)
         prediction, projected = head(of_predictor[:, 1:].flatten(0, 1)[outputs], embeddings)
-        with torch.autocast(prediction.device.type, enabled=False):
+        with without_autocast(prediction):
             # All products, then a choice: no copies of its candidates for every position.
             products: Tensor = at_least_float32(prediction) @ at_least_float32(projected).mT
             return products.gather(1, candidates)
