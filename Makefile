@@ -7,8 +7,10 @@ PRESET  ?= tiny
 SHARDS  ?= shards
 ESC10   ?= data/esc10
 RUN     ?= runs/$(DATASET)-$(PRESET)
+GPUS    ?= 1
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.installed
+AVTRAIN := $(if $(filter 1,$(GPUS)),$(BIN)/avtrain,$(BIN)/torchrun --standalone --nproc-per-node $(GPUS) -m avtrain)
 
 .DEFAULT_GOAL := help
 .PHONY: help install check test test-slow lint docs pretrain demo bench bench-scale bench-gpu demo-report transfer-report \
@@ -40,9 +42,9 @@ lint: $(READY)  ## ruff and mypy
 docs: $(READY)  ## build these docs into docs/_build/html; warnings are errors
 	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build/html
 
-pretrain: $(READY)  ## prepare DATASET (demo) and pretrain PRESET (tiny) on it; run again to go on
+pretrain: $(READY)  ## prepare DATASET (demo), pretrain PRESET (tiny) on it with GPUS (1) processes; run again to go on
 	$(BIN)/avprep build --dataset $(DATASET) --split all --out $(SHARDS) --workers $(WORKERS)
-	$(BIN)/avtrain pretrain --shards $(SHARDS)/$(DATASET) --preset $(PRESET) --out $(RUN)
+	$(AVTRAIN) pretrain --shards $(SHARDS)/$(DATASET) --preset $(PRESET) --out $(RUN)
 
 demo: $(READY)  ## make the demo dataset, build its shards, draw a contact sheet
 	$(BIN)/avprep build --dataset demo --split all --workers $(WORKERS)

@@ -100,7 +100,7 @@ class Objectives(nn.Module):
                 if count:
                     choices = usable[some].sum(1).to(logits.dtype)
                     parts[part] = losses[part].detach()
-                    parts[f"top1_{predictor}"] = share((logits.argmax(1) == 0).float())
+                    parts[f"top1_{predictor}"] = share((logits.argmax(1) == 0).to(logits.dtype))
                     chances[f"top1_{predictor}"] = share(1 / choices)
                     chances[part] = chances.get(part, zero.detach()) + share(choices.log())
         weights = {"mep_visual": config.mep_visual, "mep_audio": config.mep_audio,

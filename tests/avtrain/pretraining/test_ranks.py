@@ -162,4 +162,6 @@ def test_each_for_itself_is_another_run_that_trains_too(shards, alone_in, tmp_pa
     assert code == 0, printed
     one, other = alone_in("plain"), losses(tmp_path / "run")
     assert other[0]["loss"] != pytest.approx(one[0]["loss"], rel=1e-6)
-    assert other[-1]["skipped_steps"] == 0 and other[-1]["loss"] < other[0]["loss"]
+    assert other[-1]["skipped_steps"] == 0
+    of_chance = [line["loss"] / line["chance_loss"] for line in other]  # batches differ in what can be predicted
+    assert sum(of_chance[-10:]) < 0.97 * sum(of_chance[:10])
