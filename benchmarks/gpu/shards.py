@@ -63,7 +63,7 @@ def made(folder: Path, clips: int, frames: int) -> Figures:
             count = min(_CLIPS_A_SHARD, clips - number * _CLIPS_A_SHARD)
             with tarfile.open(path, "w") as tar:
                 for index in range(count):
-                    rows.append(_add_clip(tar, number * _CLIPS_A_SHARD + index, next(videos), frames))
+                    rows.append(add_clip(tar, number * _CLIPS_A_SHARD + index, next(videos), frames))
                     rows[-1]["shard"] = path.name
             content = path.read_bytes()
             listed.append({"url": path.name, "nsamples": count, "filesize": len(content),
@@ -76,7 +76,7 @@ def made(folder: Path, clips: int, frames: int) -> Figures:
     return {"kb_a_clip": sizes / clips / 1000, "seconds": time.monotonic() - began, "cores": cores}
 
 
-def _add_clip(tar: tarfile.TarFile, number: int, mp4: bytes, frames: int) -> dict[str, Any]:
+def add_clip(tar: tarfile.TarFile, number: int, mp4: bytes, frames: int) -> dict[str, Any]:
     """Returns its row of the manifest."""
     random, log_mel = np.random.default_rng(number), io.BytesIO()
     mel_frames = frames // SEGMENT * 128

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from avtrain.config import Config
 from avtrain.engine import FiniteSteps
+from avtrain.flops import training_flop
 from avtrain.models import forms
 from avtrain.models.avbert import AVBert
 from avtrain.models.cnn import Residual, Stage
@@ -32,7 +32,6 @@ from benchmarks.gpu.report import Figures
 PLAIN = {"temporal": True, "spatial": False, "pointwise": "plain", "stem": False, "pool": False, "norm": False,
          "fork": False, "kernels": False}
 ALL: dict[str, Any] = {}  # the defaults
-_COUNTED = 2  # segments
 Mark = Callable[[str], None]
 
 
@@ -253,17 +252,3 @@ def draw_of_noise(config: Config, clips: int, step: int, device: torch.device) -
     objectives = config.objectives
     named = Clips(present, present, [str(clip) for clip in range(clips)])
     return drawn(named, range(clips), config.training.seed, step, objectives.mask_rate, objectives.draws).to(device)
-
-
-def training_flop(config: Config) -> float:
-    """Floating-point operations of a clip's forward and backward pass, nothing recomputed: CNNs on some segments."""
-    data = config.data
-    model = AVBert(replace(config.model, stages_recomputed=0))
-    with FlopCounterMode(display=False) as counter:
-        embedded = model.embed(torch.randn(1, _COUNTED, 3, data.segment_frames, data.crop, data.crop),
-                               torch.randn(1, _COUNTED, 1, data.mels, data.mel_frames))[0]
-        (embedded.visual_local.sum() + embedded.audio_local.sum()).backward()
-    local, present = torch.randn(1, data.segments, config.model.dimension), torch.ones(1, data.segments).bool()
-    with FlopCounterMode(display=False) as of_transformers:
-        model.eval().contextualize(local.requires_grad_(), local, present, present)
-    return counter.get_total_flops() * data.segments / _COUNTED + 3.0 * of_transformers.get_total_flops()

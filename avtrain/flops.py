@@ -1,0 +1,48 @@
+"""How much of a GPU's arithmetic a run uses (MFU): operations are counted from the model, peaks are data sheets'."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from avtrain.config import Config
+from avtrain.models.avbert import AVBert
+
+_COUNTED = 2  # segments
+# Dense bfloat16 with float32 sums, TFLOP/s, by what the driver's name of the card holds; the longest that fits counts.
+_PEAKS_TFLOPS = {"A100": 312.0, "A10": 125.0, "B200": 2250.0, "GH200": 989.0, "H100 NVL": 835.0, "H100 PCIe": 756.0,
+                 "H100": 989.0, "H200": 989.0, "L4": 121.0, "L40S": 362.0, "RTX 3090": 71.0, "RTX 4090": 165.0}
+
+
+def peak_tflops(name: str) -> float | None:
+    """Of a card, by the name that `torch.cuda.get_device_name` gives; None where it is not known.
+
+    Only whole words count: an A1000 is no A100.
+    """
+    words = f" {name.replace('-', ' ')} "
+    known = [card for card in _PEAKS_TFLOPS if f" {card} " in words]
+    return _PEAKS_TFLOPS[max(known, key=len)] if known else None
+
+
+def peak_of(device: torch.device, precision: torch.dtype | None) -> float | None:
+    """TFLOP/s of a device in that precision; None where it is not known, or not bfloat16."""
+    if device.type != "cuda" or precision != torch.bfloat16:
+        return None
+    return peak_tflops(torch.cuda.get_device_name(device))
+
+
+def training_flop(config: Config) -> float:
+    """Floating-point operations of a clip's forward and backward pass, all segments present, nothing recomputed."""
+    data = config.data
+    with torch.device("meta"):  # shapes are enough
+        model = AVBert(replace(config.model, stages_recomputed=0))
+        with FlopCounterMode(display=False) as counter:
+            embedded = model.embed(torch.randn(1, _COUNTED, 3, data.segment_frames, data.crop, data.crop),
+                                   torch.randn(1, _COUNTED, 1, data.mels, data.mel_frames))[0]
+            (embedded.visual_local.sum() + embedded.audio_local.sum()).backward()
+        local, present = torch.randn(1, data.segments, config.model.dimension), torch.ones(1, data.segments).bool()
+        with FlopCounterMode(display=False) as of_transformers:
+            model.eval().contextualize(local.requires_grad_(), local, present, present)
+    return counter.get_total_flops() * data.segments / _COUNTED + 3.0 * of_transformers.get_total_flops()
