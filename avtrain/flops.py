@@ -45,4 +45,5 @@ def training_flop(config: Config) -> float:
         local, present = torch.randn(1, data.segments, config.model.dimension), torch.ones(1, data.segments).bool()
         with FlopCounterMode(display=False) as of_transformers:
             model.eval().contextualize(local.requires_grad_(), local, present, present)
-    return counter.get_total_flops() * data.segments / _COUNTED + 3.0 * of_transformers.get_total_flops()
+    of_cnns = float(counter.get_total_flops()) / _COUNTED
+    return data.segments * of_cnns + 3.0 * float(of_transformers.get_total_flops())
