@@ -15,7 +15,7 @@ from avtrain.errors import AvtrainError, in_a_line
 
 _PATIENCE = timedelta(hours=6)  # the others wait as long while the first one evaluates; whoever ends is noticed at once
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-_SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+_SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")  # the second is srun's: not set in a batch script
 _host_group: Any = None  # for what hosts tell each other without waiting for a device
 
 

@@ -54,6 +54,21 @@ def videos(ffmpeg, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def all_kinds(videos, ffmpeg, avprep, tmp_path_factory):
+    """20 sources in several shards: 4 s, 34 s, 1 s, silent, sound alone."""
+    root = tmp_path_factory.mktemp("all_kinds")
+    (root / "raw").mkdir()
+    for copy, name in enumerate(["normal0", "normal1", "normal2", "silent0", "silent1", "short0"] * 3):
+        shutil.copy(videos / f"{name}.mp4", root / "raw" / f"{name}-{copy}.mp4")
+    shutil.copy(videos / "long0.mp4", root / "raw")
+    ffmpeg("-f", "lavfi", "-i", "sine=300:r=44100", "-t", 6, root / "raw" / "heard.wav")
+    done = avprep("build", "--dataset", "folder", "--raw", root / "raw", "--out", root, "--shard-mb", 0.1, "--fps", 8,
+                  "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    return root / "folder" / "train"
+
+
+@pytest.fixture(scope="session")
 def tree(videos, avprep, tmp_path_factory):
     """Shards like UCF101 (15 fps; Cricket has no test clips, one video is too short for ten clips), Kinetics-Sounds
     (one video a class without sound, one of 34 s) and Charades."""
