@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from avtrain.errors import AvtrainError, in_a_line
 
@@ -46,11 +48,16 @@ def begin(device: torch.device) -> None:
     if count == 1 or dist.is_initialized():
         return
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=count,
+        # torchrun keeps one store through its restarts (torch 2.13), in which those that are gone can still be found.
+        store, *_ = next(rendezvous("env://", rank, count, timeout=_PATIENCE))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # on several machines, each counts restarts for itself
+            store = PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=count,
                                 timeout=_PATIENCE)
         _host_group = dist.new_group(backend="gloo", timeout=_PATIENCE) if device.type == "cuda" else None
     except (RuntimeError, ValueError) as error:
-        raise AvtrainError(f"the {count} processes don't meet: {in_a_line(error)}") from error
+        raise AvtrainError(f"the {count} processes don't meet: {in_a_line(error)}; restarts on several machines need "
+                           "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun") from error
 
 
 def end() -> None:
@@ -71,7 +78,7 @@ def ranks() -> int:
 
 def summed(values: Tensor) -> Tensor:
     """The sum over the processes, without gradient; the device isn't waited for."""
-    if ranks() == 1:
+    if not dist.is_initialized():
         return values
     total = values.detach().clone()
     dist.all_reduce(total)
@@ -80,7 +87,7 @@ def summed(values: Tensor) -> Tensor:
 
 def largest(value: float) -> float:
     """The largest of the processes' values, by way of the hosts alone."""
-    if ranks() == 1:
+    if not dist.is_initialized():
         return value
     values = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(values, dist.ReduceOp.MAX, group=_host_group)
@@ -89,7 +96,7 @@ def largest(value: float) -> float:
 
 def gathered(values: Tensor) -> Tensor:
     """(n, ...) of each process -> (ranks * n, ...), the same everywhere, with gradients; n is the same for all."""
-    if ranks() == 1:
+    if not dist.is_initialized():
         return values
     together: Tensor = _Gathered.apply(values)  # type: ignore[no-untyped-call]
     return together

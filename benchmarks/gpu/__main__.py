@@ -17,7 +17,7 @@ from benchmarks.gpu.steps import ALL, PLAIN, Bench, Setting
 
 # Part: what it is, its share of the time.
 PARTS = {1: ("versions and ceilings", 0.03), 2: ("correctness", 0.2), 3: ("step time", 0.47),
-         4: ("from shards", 0.16), 5: ("exact resume", 0.08), 6: ("one process under torchrun", 0.06)}
+         4: ("from shards", 0.16), 5: ("exact resume", 0.08), 6: ("processes under torchrun", 0.06)}
 
 
 def main() -> None:

@@ -1,78 +1,98 @@
-"""Part 6: the same step in one process under torchrun, wrapped in DistributedDataParallel."""
+"""Part 6: processes under torchrun, as `avtrain pretrain` runs them: one with NCCL, and two on the same GPU (gloo)."""
 
 from __future__ import annotations
 
 import json
-import statistics
+import os
 import subprocess
 import sys
 from time import perf_counter
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from avtrain import ranks
 from avtrain.config import read_config
+from avtrain.data.order import Cut
+from avtrain.pretraining.draw import Clips, draws_of
 from avtrain.pretraining.module import Pretraining
+from benchmarks.gpu.correct import exact_float32
 from benchmarks.gpu.device import synchronize
 from benchmarks.gpu.report import Figures, Report
-from benchmarks.gpu.steps import all_there, draw_of_noise, random_batch
+from benchmarks.gpu.steps import all_there, random_batch
 
-_CLIPS, _STEPS = 2, 6
+_CLIPS, _STEPS = 4, 6
+_SAME = 1e-4  # relative, of losses in float32, which parts are added up in another order
 
 
 def run(report: Report, preset: str, changes: list[str], device: torch.device) -> None:
-    """All rows of this part."""
-    report.measure("torchrun, one process, DDP against none", lambda: launched(preset, changes, device), 15)
+    """All rows of this part: the same losses as one process without any of it."""
+    alone: list[float] = []
+
+    def compared(count: int, backend: str) -> Figures:
+        figures = launched(count, backend, preset, changes, device)
+        alone[:] = alone or figures["losses"]
+        apart = [abs(one - other) / abs(one) for one, other in zip(alone, figures["losses"], strict=True)]
+        return {**figures, "first_difference": apart[0], "largest_difference": max(apart), "ok": apart[0] < _SAME}
+
+    report.measure("one process, nothing shared", lambda: compared(1, ""), 10)
+    one = "nccl" if device.type == "cuda" else "gloo"
+    report.measure(f"one process, {one}: BatchNorm, negatives and gradients over all", lambda: compared(1, one), 10)
+    report.measure("two processes on one device, gloo", lambda: compared(2, "gloo"), 15)
 
 
-def launched(preset: str, changes: list[str], device: torch.device) -> Figures:
-    """What the process under torchrun printed last."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-addr",
-                           "127.0.0.1", "--master-port", "29517", "-m", "benchmarks.gpu.ranks", str(device), preset,
-                           *changes], capture_output=True, text=True, timeout=150, check=False)
+def launched(count: int, backend: str, preset: str, changes: list[str], device: torch.device) -> Figures:
+    """What the first process under torchrun printed last."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                           str(count), "-m", "benchmarks.gpu.ranks", str(device), backend, preset, *changes],
+                          capture_output=True, text=True, timeout=200, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-400:].replace("\n", " "))
     figures: Figures = json.loads(done.stdout.strip().splitlines()[-1])
     return figures
 
 
-def measured(preset: str, changes: list[str], device: torch.device) -> Figures:
-    """Losses and milliseconds a step, wrapped and not, from the same start."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
+def measured(backend: str, preset: str, changes: list[str], device: torch.device) -> Figures:
+    """Losses in float32, and milliseconds a step, from the same start."""
     if device.type == "cuda":
         torch.cuda.set_device(0)
         device = torch.device("cuda", 0)
-    torch.distributed.init_process_group(backend)
-    config = read_config(preset, changes)
-    batch = random_batch(config, _CLIPS, device)
-    figures: Figures = {"backend": backend, "ranks": torch.distributed.get_world_size()}
-    losses: dict[str, list[float]] = {}
-    for name in ("alone", "wrapped"):
-        torch.manual_seed(0)
-        module: nn.Module = Pretraining(config).to(device).train()
-        if name == "wrapped":
-            module = DistributedDataParallel(module, device_ids=[0] if device.type == "cuda" else None)
-        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6, betas=(0.9, 0.98), amsgrad=True, fused=True)
-        losses[name], taken = [], []
+    if backend:
+        dist.init_process_group(backend)
+    config = read_config(preset, [*changes, "model.dropout=0"])
+    cut = Cut(_CLIPS, _CLIPS // ranks.ranks(), ranks.rank(), ranks.ranks())
+    own = slice(cut.rank * cut.micro_batch, (cut.rank + 1) * cut.micro_batch)
+    batch = [tensor[own] for tensor in random_batch(config, _CLIPS, device)]
+    present = torch.ones(_CLIPS, config.data.segments, dtype=torch.bool)
+    clips = Clips(present, present, [str(clip) for clip in range(_CLIPS)])
+    torch.manual_seed(0)
+    network: nn.Module = Pretraining(config).to(device).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, betas=(0.9, 0.98), amsgrad=True, fused=True)
+    if backend:
+        network.model.measure_over_ranks()  # type: ignore[operator,union-attr]
+        network = DistributedDataParallel(network, [device] if device.type == "cuda" else None)
+    losses, taken = [], []
+    with exact_float32():
         for step in range(_STEPS):
             synchronize(device)
             began = perf_counter()
-            with torch.autocast(device.type, torch.bfloat16):
-                loss = module(*all_there(*batch), draw_of_noise(config, _CLIPS, step, device)).loss
-            loss.backward()
+            [draw] = draws_of(clips, cut, config.objectives, 0, step, pairs=True)
+            loss = network(*all_there(*batch), draw.to(device)).loss
+            (loss * ranks.ranks()).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            losses[name].append(float(loss.detach()))
+            losses.append(float(ranks.summed(loss)))
             synchronize(device)
             taken.append(perf_counter() - began)
-        figures[f"{name}_ms"] = 1000 * statistics.median(taken[2:])
-    torch.distributed.destroy_process_group()
-    differences = [abs(one - other) / abs(one) for one, other in zip(*losses.values(), strict=True)]
-    return {**figures, "first_difference": differences[0], "largest_difference": max(differences), "losses": losses,
-            "ok": differences[0] < 1e-3}
+    return {"backend": backend or "none", "ranks": ranks.ranks(), "ms": 1000 * sorted(taken[2:])[len(taken[2:]) // 2],
+            "losses": losses}
 
 
 if __name__ == "__main__":
-    place, preset_name, *settings = sys.argv[1:]
-    print(json.dumps(measured(preset_name, settings, torch.device(place))))
+    place, group, preset_name, *settings = sys.argv[1:]
+    found = measured(group, preset_name, settings, torch.device(place))
+    ranks.end()
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps(found))
