@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -93,6 +93,22 @@ def limit_bytes() -> float:
     if not limit > 0:
         raise AvtrainError(f"{LIMIT} is {text}: a number of gigabytes is wanted")
     return limit
+
+
+def check_limit(sizes: Sequence[int], at_once: int) -> None:
+    """Refuse a limit below the shards that are read in turn: each would be fetched again and again.
+
+    Args:
+        sizes: bytes of the shards that come from stores.
+        at_once: how many of them clips are shuffled among.
+
+    Raises:
+        AvtrainError: says what is wanted.
+    """
+    needed = sum(sorted(sizes)[-at_once:])
+    if needed > limit_bytes():
+        raise AvtrainError(f"--cache-gb {limit_bytes() / 1e9:g}: clips are shuffled among {at_once} shards, which have "
+                           f"{needed / 1e9:.2g} GB: allow twice that, or lower data.shards_at_once")
 
 
 def _is_whole(path: Path, size: int) -> bool:

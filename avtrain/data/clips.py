@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from avtrain.config import DataConfig
+from avtrain.data.ahead import fetched_ahead
 from avtrain.data.augment import SoundAugmentation, View, augmented_log_mel, pixels, random_view
 from avtrain.data.decode import ClipUnreadable, Planes, decode_frames, decode_log_mel, decode_parts
 from avtrain.data.loader import Batch
@@ -99,6 +100,10 @@ class ClipDataset(Dataset[Any]):
         segments = sum(self._rows(one) * self._segments(one) for one in (Wanted(*place) for place in at))
         sound = 4 * config.mels * config.mel_frames if self._modality != "visual" else 0
         return segments * (3 * config.segment_frames * side**2 + sound)
+
+    def ahead(self, items: Iterable[Sequence[Any]]) -> Iterator[Sequence[Any]]:
+        """The items as they are; the shards that they need next are being fetched, where they lie in a store."""
+        return fetched_ahead(items, self.folder.shards)
 
     def _starts_of(self, wanted: Wanted) -> int:
         """How many segments are taken of a clip."""

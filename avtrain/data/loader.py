@@ -111,6 +111,9 @@ class Supplier(Protocol):
     def batch_bytes(self, at: Sequence[Any]) -> int:
         """How large the batch of what is asked for can be."""
 
+    def ahead(self, items: Iterable[Sequence[Any]]) -> Iterator[Sequence[Any]]:
+        """What batches are asked for, as it is; what it needs is made ready meanwhile."""
+
 
 def _as_it_is(batch: Any) -> Any:
     """The dataset makes whole batches."""
@@ -137,7 +140,7 @@ def batches(dataset: Supplier, items: Iterable[Sequence[Any]], workers: int) -> 
     check_room(in_flight_bytes(dataset.batch_bytes(first), workers))
     loader = DataLoader(
         Packed(dataset) if workers else cast(Dataset[Any], dataset),
-        batch_sampler=map(list, itertools.chain([first], items)), collate_fn=_as_it_is,
+        batch_sampler=map(list, dataset.ahead(itertools.chain([first], items))), collate_fn=_as_it_is,
         num_workers=workers, prefetch_factor=AHEAD if workers else None,
         worker_init_fn=begin if workers else None,
         # Its own, though nothing here draws from it: a loader would else take a number from the global generator

@@ -15,11 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from avtrain import ranks
 from avtrain.checkpoints.ours import save_model
 from avtrain.config import Config, config_from, config_to
+from avtrain.data.cache import check_limit
 from avtrain.data.clips import ClipDataset
 from avtrain.data.handover import check_room
 from avtrain.data.loader import Batch, Epochs
 from avtrain.data.order import ClipPlace, Wanted, cut_of, epoch_order
 from avtrain.data.shards import open_folders
+from avtrain.data.storage import is_remote
 from avtrain.engine import Run, last_step
 from avtrain.errors import AvtrainError
 from avtrain.models.graphs import capture, own_gradients
@@ -39,6 +41,7 @@ _START_CLIPS = 8  # that the projections' start values are taken from
 def epochs_of(dataset: ClipDataset, config: Config, pin_memory: bool = False) -> Epochs:
     """Every clip once an epoch, in the order that the seed gives."""
     folder, training = dataset.folder, config.training
+    check_limit([shard.size for shard in folder.shards if is_remote(shard.url)], config.data.shards_at_once)
 
     @lru_cache(maxsize=2)  # the epoch of the batch under way, and of those that workers make ahead
     def order(epoch: int) -> list[ClipPlace]:

@@ -39,6 +39,9 @@ class _Made(Dataset):
     def batch_bytes(self, at):
         return 0
 
+    def ahead(self, items):
+        return items
+
     def __getitems__(self, at):
         if at[0][0] == 2 and self.befalls is not None:
             self.befalls()
