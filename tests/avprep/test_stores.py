@@ -155,7 +155,19 @@ def test_a_store_that_stays_away_ends_the_run_in_a_line_and_it_goes_on_later(buc
         done = avprep(*command)
         assert done.returncode == 0, done.stderr
         anew = {path.rpartition("/")[2] for method, path in proxy.seen if method == "PUT" and path.endswith(".tar")}
-    assert _stored(bucket, "bucket/shards/folder/train") == files and anew and not anew & noted
+        assert _stored(bucket, "bucket/shards/folder/train") == files and anew and not anew & noted
+        # And while what an index describes changes, it is not there; of what is written last, it comes last.
+        (raw / "train" / "class 0" / "0 ü.mp4").unlink()
+        for of in ("PUT /bucket/shards/folder/train/train-", "PUT /bucket/shards/folder/train/clips"):
+            proxy.of, proxy.faults = of, [503] * 999
+            done = avprep(*command, "--storage-options", once)
+            assert done.returncode == 1 and "given up after 5" in done.stderr
+            assert "index.json" not in _stored(bucket, "bucket/shards/folder/train")
+        proxy.faults = []
+        assert avprep(*command).returncode == 0
+    here = avprep("build", *OPTIONS, "--raw", raw, "--out", raw.parent / "there")
+    assert here.returncode == 0
+    assert _stored(bucket, "bucket/shards/folder/train") == _files(raw.parent / "there" / "folder" / "train")
 
 
 class _Renaming(MemoryFileSystem):
@@ -171,16 +183,16 @@ class _Renaming(MemoryFileSystem):
     def put_file(self, lpath, rpath, **rest):
         self.seen.append(rpath)
         content = Path(lpath).read_bytes()
-        if self.breaks and self.breaks.pop():
-            self.pipe_file(rpath, content[:len(content) // 2])
-            raise ConnectionResetError("broken off")
-        self.pipe_file(rpath, content)
+        fault = self.breaks.pop() if self.breaks else None
+        self.pipe_file(rpath, content[:len(content) // 2] if fault else content)
+        if fault == "broken off":
+            raise ConnectionResetError(fault)
 
 
 def test_where_an_upload_is_seen_as_it_grows_a_file_gets_its_name_when_it_is_whole(raw, built, avprep):
     files, _ = built
     fsspec.register_implementation("renaming", _Renaming, clobber=True)
-    _Renaming.breaks[:] = [True, False, True]
+    _Renaming.breaks[:] = ["broken off", None, "cut in silence", "broken off"]
     done = avprep("build", *OPTIONS, "--raw", raw, "--out", "renaming://shards")
     assert done.returncode == 0, done.stderr
     assert _stored(fsspec.filesystem("renaming"), "/shards/folder/train") == files
