@@ -183,10 +183,14 @@ class _Renaming(MemoryFileSystem):
     def put_file(self, lpath, rpath, **rest):
         self.seen.append(rpath)
         content = Path(lpath).read_bytes()
-        fault = self.breaks.pop() if self.breaks else None
+        fault = self.breaks.pop() if self.breaks and ".tar" in rpath else None
         self.pipe_file(rpath, content[:len(content) // 2] if fault else content)
         if fault == "broken off":
             raise ConnectionResetError(fault)
+
+    def get_file(self, rpath, lpath, **rest):
+        content = self.cat_file(rpath)
+        Path(lpath).write_bytes(content[:len(content) // 2] if self.breaks and self.breaks.pop() else content)
 
 
 def test_where_an_upload_is_seen_as_it_grows_a_file_gets_its_name_when_it_is_whole(raw, built, avprep):
@@ -197,6 +201,15 @@ def test_where_an_upload_is_seen_as_it_grows_a_file_gets_its_name_when_it_is_who
     assert done.returncode == 0, done.stderr
     assert _stored(fsspec.filesystem("renaming"), "/shards/folder/train") == files
     assert _Renaming.breaks == [] and all(path.endswith(".part") for path in _Renaming.seen)
+
+
+def test_a_source_that_comes_cut_in_silence_is_fetched_again(raw, built, avprep, tmp_path):
+    fsspec.register_implementation("renaming", _Renaming, clobber=True)
+    _put(fsspec.filesystem("renaming"), raw, "/raw")
+    _Renaming.breaks[:] = ["cut"] * 3
+    done = avprep("build", *OPTIONS, "--raw", "renaming://raw", "--out", tmp_path / "out")
+    assert done.returncode == 0 and _Renaming.breaks == [], done.stderr
+    assert _files(tmp_path / "out" / "folder" / "train") == built[0]
 
 
 def test_parts_are_merged_in_the_store(bucket, raw, built, avprep):

@@ -165,7 +165,7 @@ def test_what_was_used_longest_ago_goes(stored, monkeypatch, tmp_path):
 def test_what_a_killed_process_left_goes_too_and_what_is_being_fetched_stays(stored, monkeypatch, tmp_path):
     monkeypatch.setenv("AVTRAIN_CACHE_GB", "0.0021")
     (tmp_path / "cache" / "locks").mkdir(parents=True)
-    for number in (3, 4):
+    for number in (4, 3):  # the older one is being fetched
         (tmp_path / "cache" / f"{stored[number].sha256}.part").write_bytes(bytes(600_000))
     with FileLock(tmp_path / "cache" / "locks" / f"{stored[4].sha256}.lock"):
         _opened(stored[0])
