@@ -21,6 +21,7 @@ from avtrain.data.manifest import ClipRow
 from avtrain.data.order import Wanted
 from avtrain.data.presence import presence, starts_possible
 from avtrain.data.shards import ShardFolder, ShardReader
+from avtrain.data.stream import StreamReader
 from avtrain.data.views import Views, start_frames
 from avtrain.errors import AvtrainError, Unreadable
 
@@ -64,7 +65,8 @@ class ClipDataset(Dataset[Any]):
             config.equalizer, config.noise, config.frequency_shift, config.frequency_mask, config.time_mask)
         self._crops = views.crops if views and seed is None else 1
         self._side = config.scale[0] if views and views.whole and seed is None else config.crop
-        self._reader: ShardReader | None = None
+        self._streams = config.order == "stream" and seed is not None and views is None
+        self._reader: ShardReader | StreamReader | None = None
 
     def __getitem__(self, at: tuple[Any, ...]) -> Batch:
         return self.__getitems__([at])
@@ -103,7 +105,7 @@ class ClipDataset(Dataset[Any]):
 
     def ahead(self, items: Iterable[Sequence[Any]]) -> Iterator[Sequence[Any]]:
         """The items as they are; the shards that they need next are being fetched, where they lie in a store."""
-        return fetched_ahead(items, self.folder.shards)
+        return iter(items) if self._streams else fetched_ahead(items, self.folder.shards)
 
     def _starts_of(self, wanted: Wanted) -> int:
         """How many segments are taken of a clip."""
@@ -135,7 +137,7 @@ class ClipDataset(Dataset[Any]):
         Raises:
             ClipUnreadable: it can't be decoded; only `visual` has been written to.
         """
-        self._reader = self._reader or ShardReader(self.folder)  # opened in the worker, not before it is forked
+        self._reader = self._reader or self._opened()  # in the worker, not before it is forked
         _, members = self._reader.read(*wanted.place, self._modality)
         random = None if self._seed is None else np.random.default_rng(self._entropy(wanted))
         starts = self._starts(row, wanted.part, random)
@@ -148,6 +150,9 @@ class ClipDataset(Dataset[Any]):
             audio.view(*columns, *audio.shape[2:])[:, :len(segments), 0] = segments
             audio_present.view(columns)[:, :len(segments)] = there
         visual_present.view(columns)[:, :len(seen)] = True
+
+    def _opened(self) -> ShardReader | StreamReader:
+        return StreamReader(self.folder, 2 * self.config.stream_buffer) if self._streams else ShardReader(self.folder)
 
     def _entropy(self, wanted: Wanted) -> list[int]:
         assert self._seed is not None

@@ -149,6 +149,11 @@ def batches(dataset: Supplier, items: Iterable[Sequence[Any]], workers: int) -> 
     yield from unpacked(loader) if workers else loader
 
 
+def clips_of_piece(dataset: Supplier, one: Sequence[Wanted]) -> int:
+    """How many clips a worker makes at once, if they are like this one."""
+    return max(1, PIECE_BYTES // max(1, dataset.batch_bytes(one)))
+
+
 class Epochs:
     """The batches of a run, over the epochs and without end, in parts, from any place on.
 
@@ -169,7 +174,7 @@ class Epochs:
                  clips: int, workers: int, pin_memory: bool = False) -> None:
         self._dataset, self._clips_of, self._count, self._workers = dataset, clips_of, count, workers
         self._unreadable, self._pin_memory, self.cut = UnreadableCount(clips), pin_memory, cut
-        self._piece = max(1, PIECE_BYTES // max(1, dataset.batch_bytes(clips_of(0, 0, 1))))
+        self._piece = clips_of_piece(dataset, clips_of(0, 0, 1))
 
     def __len__(self) -> int:
         return self._count
