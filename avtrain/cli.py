@@ -145,7 +145,7 @@ def pretrain(shards: tuple[str, ...], test_shards: tuple[str, ...], preset: str,
 
     config = read_config(preset, overrides)
     if config.data.order == "stream":
-        click.echo("data.order=stream: shuffled within each worker; the order depends on data.workers and on the processes")
+        click.echo("data.order=stream: shuffled within each worker; other data.workers or processes give another order")
     train = [_split_of(location, "train") or location for location in shards]
     test = list(test_shards) or [there for location in shards
                                  if (there := _split_of(location, "test") or _split_of(location, "val"))]

@@ -15,7 +15,7 @@ from small_eval import invoke
 from torch.utils.data import DataLoader
 
 import avtrain
-from avtrain.data import storage
+from avtrain.data import storage, stream
 from avtrain.data.order import ClipPlace, cut_of
 from avtrain.data.shards import ShardReader, open_folders
 from avtrain.data.stream import StreamReader, Streams, stream_order
@@ -136,6 +136,33 @@ def test_a_server_without_ranges_sends_all_of_it_again(one_shard, folder, monkey
     reader, exact = StreamReader(there, 100), ShardReader(there)
     assert [reader.read(0, number) for number in range(10)] == [exact.read(0, number) for number in range(10)]
     assert sent == [0, 400_000, 400_000]
+
+
+def test_a_shard_is_opened_once_an_epoch_and_bytes_are_asked_for_only_where_a_clip_had_to_go(one_shard, monkeypatch):
+    folder, opened, parts = open_folders([str(one_shard)]), [], []
+    exact, samples, part = ShardReader(folder), stream.samples, stream._part
+    monkeypatch.setattr(stream, "samples", lambda shards: opened.append(1) or samples(shards))
+    monkeypatch.setattr(stream, "_part", lambda *where: parts.append(1) or part(*where))
+
+    def opened_and_asked(reader, positions):
+        opened.clear(), parts.clear()
+        assert [reader.read(0, number) for number in positions] == [exact.read(0, number) for number in positions]
+        return len(opened), len(parts)
+
+    reader = StreamReader(folder, 10)
+    assert opened_and_asked(reader, [2, 0, 4, 3]) == (1, 0)  # another worker has the rest
+    assert opened_and_asked(reader, [*range(10)]) == (1, 0)
+    assert opened_and_asked(reader, [9, *range(9)]) == (1, 0)
+    assert opened_and_asked(StreamReader(folder, 2), [5, 0, 4, 6]) == (1, 2)  # of 0, pictures and sound
+
+
+def test_streams_need_no_cache(demo_shards, tmp_path):
+    for path in (demo_shards / "train").iterdir():
+        if path.is_file():
+            fsspec.filesystem("memory").pipe_file(f"/streamed/{path.name}", path.read_bytes())
+    done = invoke(*RUN, "--shards", "memory://streamed", "--set", "data.workers=0", "--max-steps", 2, "--out",
+                  tmp_path / "run")
+    assert done.exit_code == 0 and not (tmp_path / "cache").exists(), done.output
 
 
 def test_what_is_damaged_is_said_in_a_line(one_shard):
