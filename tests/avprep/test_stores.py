@@ -3,6 +3,9 @@ between folders of this machine, whatever goes wrong on the way."""
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -281,3 +284,28 @@ def test_names_that_no_file_can_have_are_in_the_account(bucket, raw, avprep):
     bucket.pipe_file("bucket/raw/train/class 1/bad.mp4/inside.mp4", b"x")
     done = avprep("build", *OPTIONS, "--raw", "s3://bucket/raw", "--out", "s3://bucket/shards")
     assert done.returncode == 0 and "3 (3 a name that no file can have) skipped" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_build_that_is_ended_is_gone_on_with(bucket, raw, built, avprep, monkeypatch, tmp_path, how):
+    files, _ = built
+    command = ["build", *map(str, OPTIONS), "--raw", str(raw), "--out", "s3://bucket/shards", "--workers", "1"]
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # one that is killed leaves something there
+    process = subprocess.Popen([sys.executable, "-m", "avprep.cli", *command], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not [path for path in bucket.find("bucket/shards") if path.endswith(".tar")] and time.monotonic() < deadline:
+        bucket.invalidate_cache()
+        time.sleep(0.01)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=30)
+    left = _stored(bucket, "bucket/shards/folder/train")
+    assert left and all(files[name] == content for name, content in left.items()), errors
+    if how == signal.SIGKILL:
+        done = avprep(*command)
+        assert done.returncode == 1 and "another avprep build is writing" in done.stderr
+        monkeypatch.setattr(lease, "EXPIRED_S", 0.0)
+    else:
+        assert process.returncode == 130 and "run the same command again to go on" in errors
+        assert not list(tmp_path.glob("avprep-*"))
+    done = avprep(*command)
+    assert done.returncode == 0 and _stored(bucket, "bucket/shards/folder/train") == files, done.stderr
