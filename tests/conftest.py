@@ -190,6 +190,7 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
                         "AWS_ENDPOINT_URL": s3_server}.items():
         monkeypatch.setenv(name, value)
     store = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
+    store.clear_instance_cache()  # of a test before, with another endpoint or none of these settings
     store.mkdir("bucket")
     yield store
     store.rm("bucket", recursive=True)
