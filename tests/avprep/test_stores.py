@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import fsspec
@@ -309,3 +311,22 @@ def test_a_build_that_is_ended_is_gone_on_with(bucket, raw, built, avprep, monke
         assert not list(tmp_path.glob("avprep-*"))
     done = avprep(*command)
     assert done.returncode == 0 and _stored(bucket, "bucket/shards/folder/train") == files, done.stderr
+
+
+def test_of_builds_that_begin_at_the_same_moment_one_gets_the_lease(bucket):
+    for number in range(5):
+        store, won = Store(f"s3://bucket/race{number}"), []
+
+        def take(store=store, won=won):
+            one = lease.Lease(store, WHOLE)
+            with suppress(AvprepError):
+                one.take()
+                won.append(one)
+
+        threads = [threading.Thread(target=take) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(won) == 1
+        won[0].give_back()
