@@ -25,7 +25,7 @@ class SplitReport:
     """The account of one split. Sources: found = written + skipped + failed; a source of which some clips could not
     be made counts as failed, its other clips stay. `other_lengths`: written ones that are not as long as they say."""
 
-    folder: Path
+    folder: Path | str
     found: int = 0
     written: int = 0
     skipped: Counter[str] = field(default_factory=Counter)

@@ -20,16 +20,19 @@ from avprep.account import ShardDone, SplitReport, account_of, settle
 from avprep.cluster import ray_cluster, run_ray, task_cores
 from avprep.datasets import DATASETS, list_split
 from avprep.datasets.folder import SPLIT_NAMES
-from avprep.datasets.source import Listing
+from avprep.datasets.source import UNUSABLE_NAME, Listing, Skipped, printable
 from avprep.errors import AvprepError, NothingToBuild
 from avprep.executors import run_local
 from avprep.finished import digest_of, if_finished, note_finished
+from avprep.lease import leased
 from avprep.making import Job, Planner, make_shard, make_shard_elsewhere, versions
+from avprep.mirror import Mirror, build_mirror, named
 from avprep.parts import forget_parts, note_part
 from avprep.plan import ShardTask, shard_tasks
 from avprep.progress import Count
 from avprep.spec import FORMAT_VERSION, ClipSpec
 from avprep.state import WHOLE, Part
+from avprep.storage import Store
 
 # Tasks -> what `make_shard` says of each, as they come.
 _Run = Callable[[list[ShardTask], Count], Generator[dict[str, Any], None, None]]
@@ -43,6 +46,9 @@ class BuildOptions:
         workers: clips made at the same time, on Ray by each shard's task; None: as many as there are cores.
         limit: at most so many sources a split; None: all.
         part: only this range of the shards, without index and tables; None: all of them.
+        raw_store: the store that `raw` stands for, if it is a `raw_mirror`.
+        out_store: the store that shards go to, in place of `out`.
+        unusable: names in the raw store that no file can have.
     """
 
     dataset: str
@@ -57,6 +63,9 @@ class BuildOptions:
     executor: str = "local"
     ray_address: str | None = None
     part: Part | None = None
+    raw_store: Store | None = None
+    out_store: Store | None = None
+    unusable: tuple[str, ...] = ()
 
 
 def check_raw(dataset: str, raw: Path) -> None:
@@ -119,6 +128,7 @@ def plan_split(options: BuildOptions, split: str) -> Plan:
                                  f"Lay them out: {DATASETS[options.dataset].layout}")
         tasks = shard_tasks(listing.sources, options.spec, options.dataset, split, options.shard_bytes, options.limit)
         listing.sources = []
+        listing.skipped += [Skipped(printable(name), UNUSABLE_NAME) for name in options.unusable]
         return Plan(listing, tasks)
     finally:
         gc.enable()
@@ -132,19 +142,38 @@ def build_split(options: BuildOptions, split: str) -> SplitReport:
         AvprepError: a list is missing or not of its kind, or the folder is in use by another build.
     """
     started = time.monotonic()
-    folder, part = (options.out / options.dataset / split).absolute(), options.part or WHOLE
+    if options.out_store is None:
+        report = _build_in((options.out / options.dataset / split).absolute(), options, split, None)
+        report.folder = options.out / options.dataset / split
+    else:
+        store = options.out_store.below(options.dataset, split)
+        with leased(store, options.part or WHOLE) as lease, build_mirror(store, lease.check) as mirror:
+            report = _build_in(mirror.folder, options, split, mirror)
+        report.folder = store.address
+    report.elapsed_s = time.monotonic() - started
+    return report
+
+
+def _build_in(folder: Path, options: BuildOptions, split: str, mirror: Mirror | None) -> SplitReport:
+    """`build_split` in a folder of this machine. `mirror`: of the store that the folder stands for."""
+    part = options.part or WHOLE
     raw = digest_of(options.raw.absolute()) if options.part is None else ""
     settings = _settings(options, split)
     report = None if options.force or options.part else if_finished(folder, settings, raw)
     if report is None:
-        job = Job(folder, state.scratch_of(folder, part), options.dataset, split, options.spec, options.timeout_s)
-        plan = plan_split(options, split)
+        job = Job(folder, state.scratch_of(folder, part), options.dataset, split, options.spec, options.timeout_s,
+                  options.raw_store, mirror.store if mirror else None)
+        with named(options.raw.absolute(), options.raw_store):
+            plan = plan_split(options, split)
         with state.only_builder(folder, part):
-            report = _build(job, options, part, plan)
+            report = _build(job, options, part, plan, mirror)
+            if mirror:
+                mirror.push()
+                mirror.pull(contents=False)  # the note goes by what the store says of the files
             if options.part is None:
                 note_finished(folder, settings, raw, report)
-    report.folder = options.out / options.dataset / split
-    report.elapsed_s = time.monotonic() - started
+            if mirror:
+                mirror.push()
     return report
 
 
@@ -155,7 +184,7 @@ def _settings(options: BuildOptions, split: str) -> dict[str, Any]:
             "shard_bytes": options.shard_bytes, "limit": options.limit, **asdict(options.spec)}
 
 
-def _build(job: Job, options: BuildOptions, part: Part, plan: Plan) -> SplitReport:
+def _build(job: Job, options: BuildOptions, part: Part, plan: Plan, mirror: Mirror | None) -> SplitReport:
     count = len(plan.tasks)
     own = [plan.tasks[number] for number in part.within(count)]
     state.remove_left_over(job, part, count)
@@ -165,7 +194,7 @@ def _build(job: Job, options: BuildOptions, part: Part, plan: Plan) -> SplitRepo
     todo = [task for task in own if task.number not in done]
     if todo:
         forget_parts(job.folder, options.part)
-    for task, shard in _make_shards(todo, job, options):
+    for task, shard in _make_shards(todo, job, options, mirror):
         done[task.number] = shard
     state.remove_left_over(job, part, count)  # of workers that were lost
     state.remove_stale(job, done, part, count)
@@ -183,18 +212,25 @@ def _conclude(job: Job, options: BuildOptions, plan: Plan, done: list[ShardDone]
     return account_of(job.folder, [], done)
 
 
-def _make_shards(tasks: list[ShardTask], job: Job, options: BuildOptions) -> Iterator[tuple[ShardTask, ShardDone]]:
+def _make_shards(tasks: list[ShardTask], job: Job, options: BuildOptions,
+                 mirror: Mirror | None) -> Iterator[tuple[ShardTask, ShardDone]]:
     """Make shards, and write a marker after each; as they come."""
     if not tasks:
         return
     state.forget(job, [task.number for task in tasks])  # a marker must not vouch for another tar of the same size
+    if mirror:
+        mirror.push()
     by_fingerprint, clips = {task.fingerprint: task for task in tasks}, 0
     expected = sum(len(task.sources) for task in tasks)
     with _executor(job, options) as run, Count(f"build {job.split}", "clip", expected) as count, closing(
             run(tasks, count)) as results:
         for made in results:
             task = by_fingerprint[made["fingerprint"]]
+            if mirror and made["shard"]:
+                mirror.add_shard(made["shard"]["url"], made["shard"]["filesize"])
             state.note_done(job, task, made)
+            if mirror:
+                mirror.push()
             clips += sum(source["clips_written"] + source["clips_failed"] for source in made["sources"])
             count.at_least(clips)
             yield task, ShardDone.from_json(made)

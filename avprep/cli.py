@@ -7,6 +7,8 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from avprep.spec import ClipSpec
 
 if TYPE_CHECKING:
     from avprep.account import SplitReport
+    from avprep.build import BuildOptions
 
 # Every worker is a thread that computes a log-mel now and then: BLAS threads of their own only get in the way.
 # Read when numpy is first imported.
@@ -57,6 +60,12 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # names of files and classes may be anything
 
 
+def _storage_options(command: Callable[..., None]) -> Callable[..., None]:
+    return click.option("--storage-options", metavar="JSON", default="{}", envvar="AVPREP_STORAGE_OPTIONS",
+                        show_default=False,
+                        help="For stores, beside what their own environment variables say.")(command)
+
+
 def _known_dataset(context: click.Context, param: click.Parameter, value: str) -> str:
     from avprep.datasets import DATASETS  # only when it is needed: `avprep --help` stays quick
 
@@ -67,9 +76,11 @@ def _known_dataset(context: click.Context, param: click.Parameter, value: str) -
 @click.option("--split", default="train", help="A split of the dataset, or all.")
 @click.option("--dataset", callback=_known_dataset, default="kinetics700",
               help="kinetics700/600/400, kinetics-sounds, audioset, ucf101, esc50, esc10, charades, folder or demo.")
-@click.option("--raw", type=click.Path(path_type=Path), help="Folder of raw files.  [default: data/DATASET]")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("shards"),
-              help="Shards go to OUT/DATASET/SPLIT.")
+@click.option("--raw", metavar="FOLDER", help="Folder of raw files, or its address (s3:// ...).  "
+              "[default: data/DATASET]")
+@click.option("--out", metavar="FOLDER", default="shards",
+              help="Shards go to OUT/DATASET/SPLIT; an address (s3:// ...), too.")
+@_storage_options
 @click.option("--workers", type=click.IntRange(1), show_default="all cores",
               help="Clips made at the same time; with Ray, by each of its tasks (a task makes a shard).")
 @click.option("--executor", type=click.Choice(["local", "ray"]), default="local", help="Where clips are made.")
@@ -85,29 +96,47 @@ def _known_dataset(context: click.Context, param: click.Parameter, value: str) -
 @click.option("--segment-frames", type=int, default=_SPEC.segment_frames, help="Frames of a segment.")
 @click.option("--short-side", type=int, default=_SPEC.short_side, help="Pixels; smaller pictures stay.")
 @click.option("--crf", type=int, default=_SPEC.crf, help="H.264 quality, 0 (lossless) to 51.")
-def build(split: str, dataset: str, raw: Path | None, out: Path, workers: int | None, executor: str,
+def build(split: str, dataset: str, raw: str | None, out: str, storage_options: str, workers: int | None, executor: str,
           ray_address: str | None, part: str | None, limit: int | None, force: bool, shard_mb: float, timeout: float,
           **spec: int) -> None:
     """Turn a dataset's raw files into shards; run again to go on after an interruption."""
-    from avprep.build import BuildOptions, build_split, check_raw, choose_splits
+    from avprep.build import BuildOptions
+    from avprep.mirror import raw_mirror
     from avprep.state import read_part
+    from avprep.storage import Store, is_remote, local_path
 
     for name, value in (("--shard-mb", shard_mb), ("--timeout", timeout)):
         if not math.isfinite(value):
             raise AvprepError(f"{name} {value}: a number is wanted")
     if ray_address is not None and executor != "ray":
         raise AvprepError("--ray-address is for --executor ray")
-    raw = raw or Path("data") / dataset
-    options = BuildOptions(dataset, raw, out, ClipSpec(**spec), workers, int(shard_mb * 1e6), timeout, limit, force,
-                           executor, ray_address, read_part(part) if part else None)
-    if dataset == "demo" and not raw.exists():
+    raw = raw or f"data/{dataset}"
+    options = BuildOptions(dataset, local_path(raw), local_path(out), ClipSpec(**spec), workers, int(shard_mb * 1e6),
+                           timeout, limit, force, executor, ray_address, read_part(part) if part else None,
+                           out_store=Store(out, storage_options) if is_remote(out) else None)
+    if is_remote(raw):
+        store = Store(raw, storage_options)
+        with raw_mirror(store) as (folder, unusable):
+            _build_splits(replace(options, raw=folder, raw_store=store, unusable=tuple(unusable)), split, out)
+        return
+    if dataset == "demo" and not options.raw.exists():
         from avprep.demo import make_demo
 
         click.echo(f"making the demo dataset in {raw}")
-        make_demo(raw, workers or os.cpu_count() or 1, _DEMO_VIDEOS)
-    check_raw(dataset, raw)
+        make_demo(options.raw, workers or os.cpu_count() or 1, _DEMO_VIDEOS)
+    _build_splits(options, split, out)
+
+
+def _build_splits(options: BuildOptions, split: str, out: str) -> None:
+    """Build a split, or all, and say what came of each."""
+    from avprep.build import build_split, check_raw, choose_splits
+    from avprep.mirror import named
+
+    dataset, part = options.dataset, options.part
     clips = 0
-    splits = choose_splits(dataset, raw, split)
+    with named(options.raw, options.raw_store):
+        check_raw(dataset, options.raw)
+        splits = choose_splits(dataset, options.raw, split)
     for name in splits:
         try:
             report = build_split(options, name)
@@ -152,18 +181,31 @@ def _print_files(report: SplitReport) -> None:
 
 
 @main.command()
-@click.argument("outs", metavar="OUT...", nargs=-1, required=True,
-                type=click.Path(path_type=Path, file_okay=False, exists=True))
-def merge(outs: tuple[Path, ...]) -> None:
+@click.argument("outs", metavar="OUT...", nargs=-1, required=True)
+@_storage_options
+def merge(outs: tuple[str, ...], storage_options: str) -> None:
     """Make one build of the parts of `avprep build --part`: write index and tables, as an undivided build does.
 
-    Where the parts lie in several folders, the shards of all go into the first, as links or copies.
+    Where the parts lie in several folders, the shards of all go into the first, as links or copies. In a store (s3://
+    ...) all parts lie in one folder.
     """
     from avprep.parts import find_parts
     from avprep.parts import merge as merge_parts
+    from avprep.storage import Store, is_remote, local_path
 
-    for records in find_parts(outs):
-        report = merge_parts(records, outs[0])
+    if any(map(is_remote, outs)):
+        from avprep.parts import merged_in_store
+
+        if len(outs) > 1:
+            raise AvprepError(f"{' '.join(outs)}: parts in a store are merged where they lie: name one address")
+        reports = merged_in_store(Store(outs[0], storage_options))
+    else:
+        folders = [local_path(out) for out in outs]
+        for out in folders:
+            if not out.is_dir():
+                raise AvprepError(f"no folder {out}")
+        reports = ((records, merge_parts(records, folders[0])) for records in find_parts(folders))
+    for records, report in reports:
         _print_report(f"{records[0].settings['dataset']} {records[0].settings['split']}, {len(records)} parts", report,
                       built=False)
         _print_files(report)

@@ -15,6 +15,7 @@ from typing import Any
 from avprep import __version__
 from avprep.clips import Clip, Window, make_clip, windows
 from avprep.crew import Crew
+from avprep.datasets.source import Source
 from avprep.errors import AvprepError, Reason, SourceFailed
 from avprep.manifest import clip_row
 from avprep.media import ffmpeg_version
@@ -24,12 +25,19 @@ from avprep.probing import Probed, probe_source
 from avprep.progress import Count
 from avprep.shards import ShardWriter
 from avprep.spec import ClipSpec
+from avprep.storage import Store
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the shards of a split have in common. `folder`: where they go, `scratch`: where temporary files go; both
-    absolute."""
+    """What the shards of a split have in common.
+
+    Attributes:
+        folder: where they go; absolute.
+        scratch: where temporary files go, on a machine that has it; absolute.
+        raw: where the sources lie, if that is a store.
+        out: where the shards go, if that is a store; `folder` stands for it on the planner's machine.
+    """
 
     folder: Path
     scratch: Path
@@ -37,6 +45,8 @@ class Job:
     split: str
     spec: ClipSpec
     timeout_s: float
+    raw: Store | None = None
+    out: Store | None = None
 
     def shard(self, number: int) -> str:
         """The name of a shard."""
@@ -45,7 +55,8 @@ class Job:
     @contextmanager
     def scratch_for(self, number: int) -> Iterator[Path]:
         """A folder for one attempt at a shard: a node given up for lost may still be at another."""
-        folder = Path(tempfile.mkdtemp(prefix=f"{number:06d}-", dir=self.scratch))
+        there = self.scratch.is_dir()  # of nodes that share nothing, the planner's alone
+        folder = Path(tempfile.mkdtemp(prefix=f"{number:06d}-", dir=self.scratch if there else None))
         try:
             yield folder
         finally:
@@ -65,6 +76,7 @@ class _Outcome:
     """What became of the clips of a source."""
 
     probed: Probed
+    windows: int = 0
     written: int = 0
     failures: list[SourceFailed] = field(default_factory=list)
 
@@ -105,18 +117,22 @@ def make_shard(task: ShardTask, crew: Crew, count: Count, job: Job) -> dict[str,
     outcomes: dict[str, _Outcome] = {}  # by the source's key
     rows: list[dict[str, Any]] = []
     url, shard = job.shard(task.number), None
-    todo = _windows(task, crew, count, job.spec, outcomes)
-    with job.scratch_for(task.number) as scratch, closing(todo), closing(
-            crew.make(partial(_make, job=job, scratch=scratch), todo)) as made, ShardWriter(job.folder / url) as writer:
+    with (job.scratch_for(task.number) as scratch,
+          closing(_windows(task, crew, count, job, scratch, outcomes)) as todo,
+          closing(crew.make(partial(_make, job=job, scratch=scratch), todo)) as made,
+          ShardWriter((scratch if job.out else job.folder) / url) as writer):
         for key, result in made:
             if isinstance(result, SourceFailed):
                 outcomes[key].failures.append(result)
             else:
                 outcomes[key].written += 1
                 rows.append(clip_row(result.info, url, writer.add(result)))
+            _let_go(outcomes[key], job)
             count.add()
         if rows:
             shard = writer.finish()
+            if job.out:
+                job.out.put(url, writer.path)
     return {"fingerprint": task.fingerprint, "shard": shard, "clips": rows,
             "sources": [outcome.to_json() for outcome in outcomes.values()]}
 
@@ -131,11 +147,11 @@ def make_shard_elsewhere(task: ShardTask, crew: Crew, count: Count, job: Job, pl
     if versions() != planner.versions:
         raise AvprepError("{} has avprep {} and ffmpeg {}, this machine {} and {}: shards would differ; install the "
                           "same".format(here, *versions(), *planner.versions))
-    if not planner.token.exists():
+    if job.out is None and not planner.token.exists():
         raise AvprepError(f"{here} does not see {job.folder} as this machine does: --out must lie on a file system "
                           "that all nodes share")
     paths = [candidate.path for source in task.sources for candidate in source.candidates]
-    if not any(path.exists() for path in paths):
+    if job.raw is None and not any(path.exists() for path in paths):
         raise AvprepError(f"{here} sees none of the {len(paths)} files of a shard, such as {paths[0]}: --raw must lie "
                           "on a file system that all nodes share")
     return make_shard(task, crew, count, job)
@@ -146,14 +162,34 @@ def versions() -> tuple[str, str]:
     return __version__, ffmpeg_version()
 
 
-def _windows(task: ShardTask, crew: Crew, count: Count, spec: ClipSpec,
+def _windows(task: ShardTask, crew: Crew, count: Count, job: Job, scratch: Path,
              outcomes: dict[str, _Outcome]) -> Generator[Window, None, None]:
+    def probe(source: Source) -> Probed:
+        return probe_source(_brought_near(source, job.raw, scratch) if job.raw else source, crew.readers.read)
+
     with crew.turn:
-        for probed in crew.read_ahead(partial(probe_source, read=crew.readers.read), task.sources):
-            outcomes[probed.source.key] = _Outcome(probed)
-            found = _windows_of(outcomes[probed.source.key], spec)
+        for probed in crew.read_ahead(probe, task.sources):
+            outcome = outcomes[probed.source.key] = _Outcome(probed)
+            found = _windows_of(outcome, job.spec)
+            outcome.windows = len(found)
+            _let_go(outcome, job)
             count.expect(len(found) - 1)  # before it was probed, it counted as one clip
             yield from found
+
+
+def _brought_near(source: Source, store: Store, scratch: Path) -> Source:
+    """The source with its files in a folder of its own below `scratch`: two sources may be moments of one file."""
+    folder = scratch / shuffled_rank(source.key).hex()
+    for candidate in source.candidates:
+        store.fetch(candidate.place, folder / candidate.place)
+    return source._replace(raw=folder, others=tuple(other._replace(raw=folder) for other in source.others))
+
+
+def _let_go(outcome: _Outcome, job: Job) -> None:
+    """Remove what was brought near for a source, when all its clips are made."""
+    if job.raw and outcome.written + len(outcome.failures) >= outcome.windows:
+        for candidate in outcome.probed.source.candidates:
+            candidate.path.unlink(missing_ok=True)
 
 
 def _windows_of(outcome: _Outcome, spec: ClipSpec) -> list[Window]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,14 @@ from avprep import state
 from avprep.account import ShardDone, SplitReport, settle
 from avprep.datasets.source import Listing, Skipped
 from avprep.errors import AvprepError
+from avprep.lease import leased
 from avprep.making import Job
+from avprep.mirror import build_mirror, named
 from avprep.plan import ShardTask, plan_digest
 from avprep.shards import INDEX, bring_whole, write_whole
 from avprep.spec import ClipSpec
 from avprep.state import WHOLE, Part
+from avprep.storage import Store
 
 _RECORDS = "part-*-of-*.json"
 
@@ -120,6 +123,26 @@ def merge(records: list[PartRecord], out: Path) -> SplitReport:
                         (settings["avprep"], settings["ffmpeg"]))
     report.folder = out / job.dataset / job.split
     return report
+
+
+def merged_in_store(store: Store) -> Iterator[tuple[list[PartRecord], SplitReport]]:
+    """`find_parts` and `merge` for the parts in a folder of a store.
+
+    Raises:
+        AvprepError: as these do, or another build is writing there.
+    """
+    with build_mirror(store, lambda: None) as all_parts:
+        with named(all_parts.folder, store):
+            found = find_parts([all_parts.folder])
+        for records in found:
+            place = records[0].folder.relative_to(all_parts.folder.absolute())
+            there = store.below(*place.parts)
+            with leased(there, WHOLE) as lease, named(all_parts.folder, store):
+                report = merge(records, all_parts.folder)
+                lease.check()
+                all_parts.push()
+            report.folder = there.address
+            yield records, report
 
 
 def _check(records: list[PartRecord]) -> None:

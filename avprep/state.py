@@ -34,6 +34,11 @@ class Part:
     def __str__(self) -> str:
         return f"{self.number}/{self.of}"
 
+    def overlaps(self, other: Part) -> bool:
+        """Whether they may have shards in common."""
+        mine, theirs = self.within(_LOCK_BYTES), other.within(_LOCK_BYTES)
+        return mine.start < theirs.stop and theirs.start < mine.stop
+
     def within(self, count: int) -> range:
         """Its share of so many."""
         return range(count * (self.number - 1) // self.of, count * self.number // self.of)

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from avtrain.checkpoints.authors import load_released
+    from avtrain.data.stream import clips
 
 __version__ = "0.1.0"
-__all__ = ["load_released"]
+__all__ = ["clips", "load_released"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from avtrain.checkpoints.authors import load_released
 
         return load_released
+    if name == "clips":
+        from avtrain.data.stream import clips
+
+        return clips
     raise AttributeError(f"module 'avtrain' has no attribute {name!r}")

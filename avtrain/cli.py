@@ -11,7 +11,7 @@ import click
 
 from avtrain import __version__
 from avtrain.errors import AvtrainError, TaskFailed
-from avtrain.options import FILE, FOLDER, Number, going_on_options, runtime_options, set_option
+from avtrain.options import FILE, FOLDER, Number, going_on_options, runtime_options, set_option, store_options
 
 if TYPE_CHECKING:
     from avtrain.config import Config
@@ -121,7 +121,7 @@ def _count(config: Config) -> dict[str, int]:
 
 @main.command()
 @click.option("--shards", multiple=True, default=["shards/demo"],
-              help="Folder of a dataset or a split, or its http(s) address; may be repeated.")
+              help="Folder of a dataset or a split, or a split's address (s3://, https:// ...); may be repeated.")
 @click.option("--test-shards", multiple=True,
               help="Held-out folders.  [default: SHARDS/test or SHARDS/val where it is]")
 @click.option("--preset", default="tiny", help="tiny, small, sound, paper, or a .toml file.")
@@ -131,6 +131,7 @@ def _count(config: Config) -> dict[str, int]:
 @going_on_options
 @click.option("--max-steps", type=click.IntRange(1), help="Stop after this step, with a checkpoint.")
 @click.option("--max-time", type=Number(0.01), help="Stop after so many minutes, with a checkpoint.")
+@store_options
 @runtime_options("float64")
 def pretrain(shards: tuple[str, ...], test_shards: tuple[str, ...], preset: str, overrides: tuple[str, ...], out: Path,
              force: bool, max_steps: int | None, max_time: float | None, device: str | None, precision: str) -> None:
@@ -143,6 +144,8 @@ def pretrain(shards: tuple[str, ...], test_shards: tuple[str, ...], preset: str,
     from avtrain.runtime import choose_runtime
 
     config = read_config(preset, overrides)
+    if config.data.order == "stream":
+        click.echo("data.order=stream: shuffled within each worker; other data.workers or processes give another order")
     train = [_split_of(location, "train") or location for location in shards]
     test = list(test_shards) or [there for location in shards
                                  if (there := _split_of(location, "test") or _split_of(location, "val"))]
@@ -288,6 +291,7 @@ def _evaluate_all(transferred: Callable[[Trial, list[str]], dict[str, Any]],
 @click.option("-o", "--output", type=FILE, required=True, help="The .parquet file to write.")
 @set_option("embed", "May be repeated.", "data.FIELD=VALUE")
 @click.option("--cache", type=FOLDER, default=Path("runs/features"), help="Folder of frozen features.")
+@store_options
 @runtime_options()
 def embed(checkpoint: Path, shards: tuple[str, ...], output: Path, overrides: tuple[str, ...], cache: Path,
           device: str | None, precision: str) -> None:

@@ -139,6 +139,11 @@ class DataConfig(ClipConfig):
     """In training, every audio segment is shifted by up to so many mel bands."""
     shards_at_once: Count = 8
     """Clips are shuffled among this many shards at a time."""
+    order: Literal["exact", "stream"] = "exact"
+    """exact: shuffled well, and the same for any number of processes and workers. stream: each worker reads shards of
+    its own from start to end, for stores too far away for anything else."""
+    stream_buffer: Count = 256
+    """Of a stream: clips that each worker keeps in memory and shuffles among."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,3 +48,20 @@ def going_on_options(command: _Command) -> _Command:
     force = click.option("--force", is_flag=True, help="Begin anew: delete what an earlier run wrote to OUT (eval: of "
                          "the same splits). Without it the same command goes on with that.")
     return force(resume(command))
+
+
+def store_options(command: _Command) -> _Command:
+    """--cache-gb and --storage-options, which go into the environment: worker processes find them there, too."""
+    def setting(name: str, *declaration: str, **rest: Any) -> Callable[[_Command], _Command]:
+        def put(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+            if value is not None:
+                os.environ[name] = str(value)
+
+        return click.option(*declaration, envvar=name, callback=put, expose_value=False, **rest)
+
+    cache = setting("AVTRAIN_CACHE_GB", "--cache-gb", type=Number(0, min_open=True),
+                    show_default="what leaves a tenth of its disk free",
+                    help="Size of the cache of shards from stores (its folder: AVTRAIN_CACHE).")
+    storage = setting("AVTRAIN_STORAGE_OPTIONS", "--storage-options", metavar="JSON",
+                      help="For the store, beside what its own environment variables say.")
+    return cache(storage(command))

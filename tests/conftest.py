@@ -8,14 +8,16 @@ import shutil
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Read when numpy and torch are imported, here and in processes of their own: what tests compute is small, threads would
 # wait for each other, and results are compared between processes.
 for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
+import fsspec  # noqa: E402
 import pytest  # noqa: E402
 from click.testing import CliRunner  # noqa: E402
 from made_media import make_media  # noqa: E402
@@ -27,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("AV_SHARED", ROOT.parent / "shared"))
 Done = subprocess.CompletedProcess[str]
 # What a test waits seconds for: media, shards, a process that loads everything anew, the paper's network.
-COSTLY = {"ffmpeg", "avprep", "avprep_process", "made_once", "released_state"}
+COSTLY = {"s3_server", "ffmpeg", "avprep", "avprep_process", "made_once", "released_state"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -166,3 +168,29 @@ def demo_shards(small_demo: Path, made_once: Callable[..., Path], avprep: Callab
         assert done.returncode == 0, done.stderr
 
     return made_once("shards", fill) / "demo"
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The address of an S3 server (moto's) on loopback, in a process of its own."""
+    code = ("import time; from moto.server import ThreadedMotoServer\n"
+            "server = ThreadedMotoServer('127.0.0.1', 0, verbose=False); server.start()\n"
+            "print(server.get_host_and_port()[1], flush=True); time.sleep(3600)")
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                          text=True) as process:
+        assert process.stdout is not None
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        process.kill()
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The store of an empty bucket named `bucket`; the environment has what s3:// needs."""
+    for name, value in {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "word", "AWS_DEFAULT_REGION": "us-east-1",
+                        "AWS_ENDPOINT_URL": s3_server}.items():
+        monkeypatch.setenv(name, value)
+    store = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
+    store.clear_instance_cache()  # of a test before, with another endpoint or none of these settings
+    store.mkdir("bucket")
+    yield store
+    store.rm("bucket", recursive=True)

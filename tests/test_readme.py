@@ -174,3 +174,21 @@ def test_messages_in_troubleshooting_are_those_of_the_code():
     between = r"\.\.\.|\(.*?\)|\S+\.(?:json|parquet)|/dev/shm"
     pieces = [piece.strip(" ;:,") for message in messages for piece in re.split(between, message)]
     assert [piece for piece in pieces if len(piece) > 10 and piece not in source] == []
+
+
+def test_commands_of_stores_run_as_written(avprep, small_demo, bucket, tmp_path, monkeypatch):
+    from avtrain.cli import main as avtrain_main
+
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"AVTRAIN_CACHE": str(tmp_path / "cache"), "AVTRAIN_CACHE_GB": ""}.items():
+        monkeypatch.setenv(name, value)
+    for path in small_demo.rglob("*.mp4"):
+        bucket.pipe_file(f"bucket/demo/{path.relative_to(small_demo).as_posix()}", path.read_bytes())
+    build, *trains = (command for command in _commands("docs/scaling.md") if "s3://" in command)
+    done = avprep(*shlex.split(build)[1:])
+    assert done.returncode == 0, done.stderr
+    small = ["--max-steps", "1", "--device", "cpu", "--preset", "sound", "--set", "training.batch_size=4", "--set",
+             "model.dimension=32", "--set", "data.workers=1"]
+    for number, train in enumerate(trains):
+        trained = CliRunner().invoke(avtrain_main, [*shlex.split(train)[1:], *small, "--out", f"runs/{number}"])
+        assert trained.exit_code == 0, trained.output

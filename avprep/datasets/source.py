@@ -26,6 +26,7 @@ NO_FOLD = "its name tells no fold"
 BESIDE_SPLITS = "beside the split folders"
 UNREADABLE_FOLDER = "a folder that can't be read"
 CIRCLE = "a link to a folder that it lies in"
+UNUSABLE_NAME = "a name that no file can have"
 EMPTY_FOLDER = "an empty folder, named like a media file"
 
 

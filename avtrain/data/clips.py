@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from avtrain.config import DataConfig
+from avtrain.data.ahead import fetched_ahead
 from avtrain.data.augment import SoundAugmentation, View, augmented_log_mel, pixels, random_view
 from avtrain.data.decode import ClipUnreadable, Planes, decode_frames, decode_log_mel, decode_parts
 from avtrain.data.loader import Batch
@@ -20,6 +21,7 @@ from avtrain.data.manifest import ClipRow
 from avtrain.data.order import Wanted
 from avtrain.data.presence import presence, starts_possible
 from avtrain.data.shards import ShardFolder, ShardReader
+from avtrain.data.stream import StreamReader
 from avtrain.data.views import Views, start_frames
 from avtrain.errors import AvtrainError, Unreadable
 
@@ -63,7 +65,8 @@ class ClipDataset(Dataset[Any]):
             config.equalizer, config.noise, config.frequency_shift, config.frequency_mask, config.time_mask)
         self._crops = views.crops if views and seed is None else 1
         self._side = config.scale[0] if views and views.whole and seed is None else config.crop
-        self._reader: ShardReader | None = None
+        self._streams = config.order == "stream" and seed is not None and views is None
+        self._reader: ShardReader | StreamReader | None = None
 
     def __getitem__(self, at: tuple[Any, ...]) -> Batch:
         return self.__getitems__([at])
@@ -100,6 +103,10 @@ class ClipDataset(Dataset[Any]):
         sound = 4 * config.mels * config.mel_frames if self._modality != "visual" else 0
         return segments * (3 * config.segment_frames * side**2 + sound)
 
+    def ahead(self, items: Iterable[Sequence[Any]]) -> Iterator[Sequence[Any]]:
+        """The items as they are; the shards that they need next are being fetched, where they lie in a store."""
+        return iter(items) if self._streams else fetched_ahead(items, self.folder.shards)
+
     def _starts_of(self, wanted: Wanted) -> int:
         """How many segments are taken of a clip."""
         if self.views is None:
@@ -130,7 +137,7 @@ class ClipDataset(Dataset[Any]):
         Raises:
             ClipUnreadable: it can't be decoded; only `visual` has been written to.
         """
-        self._reader = self._reader or ShardReader(self.folder)  # opened in the worker, not before it is forked
+        self._reader = self._reader or self._opened()  # in the worker, not before it is forked
         _, members = self._reader.read(*wanted.place, self._modality)
         random = None if self._seed is None else np.random.default_rng(self._entropy(wanted))
         starts = self._starts(row, wanted.part, random)
@@ -143,6 +150,9 @@ class ClipDataset(Dataset[Any]):
             audio.view(*columns, *audio.shape[2:])[:, :len(segments), 0] = segments
             audio_present.view(columns)[:, :len(segments)] = there
         visual_present.view(columns)[:, :len(seen)] = True
+
+    def _opened(self) -> ShardReader | StreamReader:
+        return StreamReader(self.folder, 2 * self.config.stream_buffer) if self._streams else ShardReader(self.folder)
 
     def _entropy(self, wanted: Wanted) -> list[int]:
         assert self._seed is not None

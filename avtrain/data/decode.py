@@ -91,6 +91,19 @@ def decode_parts(mp4: bytes, size: int, step: int, first: int = 0, last: int | N
         raise ClipUnreadable("its video has no such frames")
 
 
+def decode_rgb(mp4: bytes) -> NDArray[np.uint8]:
+    """All frames, (frames, height, width, 3).
+
+    Raises:
+        ClipUnreadable: the bytes are no video.
+    """
+    try:
+        with av.open(io.BytesIO(mp4), "r") as container:
+            return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    except (av.error.FFmpegError, IndexError, ValueError) as error:
+        raise ClipUnreadable(f"its video can't be decoded: {in_a_line(error)}") from error
+
+
 def _plane(plane: Any) -> NDArray[np.uint8]:
     """The plane without the padding of its lines: (height, width), a view of the decoder's memory."""
     lines: NDArray[np.uint8] = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)

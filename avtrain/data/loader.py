@@ -111,6 +111,9 @@ class Supplier(Protocol):
     def batch_bytes(self, at: Sequence[Any]) -> int:
         """How large the batch of what is asked for can be."""
 
+    def ahead(self, items: Iterable[Sequence[Any]]) -> Iterator[Sequence[Any]]:
+        """What batches are asked for, as it is; what it needs is made ready meanwhile."""
+
 
 def _as_it_is(batch: Any) -> Any:
     """The dataset makes whole batches."""
@@ -137,13 +140,18 @@ def batches(dataset: Supplier, items: Iterable[Sequence[Any]], workers: int) -> 
     check_room(in_flight_bytes(dataset.batch_bytes(first), workers))
     loader = DataLoader(
         Packed(dataset) if workers else cast(Dataset[Any], dataset),
-        batch_sampler=map(list, itertools.chain([first], items)), collate_fn=_as_it_is,
+        batch_sampler=map(list, dataset.ahead(itertools.chain([first], items))), collate_fn=_as_it_is,
         num_workers=workers, prefetch_factor=AHEAD if workers else None,
         worker_init_fn=begin if workers else None,
         # Its own, though nothing here draws from it: a loader would else take a number from the global generator
         # whenever it is made, and a run that is resumed in mid-epoch would go on with other dropout.
         generator=torch.Generator())
     yield from unpacked(loader) if workers else loader
+
+
+def clips_of_piece(dataset: Supplier, one: Sequence[Wanted]) -> int:
+    """How many clips a worker makes at once, if they are like this one."""
+    return max(1, PIECE_BYTES // max(1, dataset.batch_bytes(one)))
 
 
 class Epochs:
@@ -166,7 +174,7 @@ class Epochs:
                  clips: int, workers: int, pin_memory: bool = False) -> None:
         self._dataset, self._clips_of, self._count, self._workers = dataset, clips_of, count, workers
         self._unreadable, self._pin_memory, self.cut = UnreadableCount(clips), pin_memory, cut
-        self._piece = max(1, PIECE_BYTES // max(1, dataset.batch_bytes(clips_of(0, 0, 1))))
+        self._piece = clips_of_piece(dataset, clips_of(0, 0, 1))
 
     def __len__(self) -> int:
         return self._count

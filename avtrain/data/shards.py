@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from avtrain.data.download import beside, download, fetch, fetch_json, index_address, is_remote, shown
+from avtrain.data import cache
 from avtrain.data.manifest import MANIFEST, TAR_BLOCK, ClipRows, Member, check, joined_rows, parsed, rows_of
 from avtrain.data.order import ClipPlace
+from avtrain.data.storage import beside, fetch, fetch_json, index_address, is_remote, local_path, shown
 from avtrain.errors import AvtrainError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _AGAIN = "build the split again with `avprep build`"
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: where it is (a path or an http(s) address), how many clips it has, and its checksum."""
+    """One tar: where it is (a path, or an address in a store), how many clips it has, and its checksum."""
 
     url: str
     clips: int
@@ -71,7 +72,7 @@ def open_folders(locations: list[str], labelled: bool = True) -> ShardFolder:
     """Read the indexes and manifests of folders of shards.
 
     Args:
-        locations: folders with an `index.json`, or http(s) addresses of such folders or of the index itself.
+        locations: folders with an `index.json`, or addresses of such folders or of the index itself.
         labelled: as for `joined`.
 
     Raises:
@@ -172,7 +173,8 @@ def _read_index(location: str) -> tuple[str, dict[str, Any]]:
         address = index_address(location)
         index = fetch_json(address)
     else:
-        path = Path(location) if location.endswith(".json") else Path(location) / "index.json"
+        path = Path(local_path(location))
+        path = path if path.suffix == ".json" else path / "index.json"
         address = str(path)
         if not path.is_file():
             raise AvtrainError(f"no {path}: name folders that `avprep build` has finished, such as shards/demo/train")
@@ -227,22 +229,27 @@ class ShardReader:
         Raises:
             AvtrainError: the shard is missing, or is not what index and manifest say.
         """
-        path, place = self._path(shard), ClipPlace(shard, position)
+        where, place = self._folder.shards[shard].name, ClipPlace(shard, position)
         key = self._folder.rows.at(place).key
         unwanted = {"visual": "logmel.npy", "audio": "mp4"}.get(modality)
         try:
-            with path.open("rb") as file:
-                return key, {ending: _content(file.fileno(), path, f"{key}.{ending}", member)
+            with self._opened(shard) as file:
+                return key, {ending: _content(file.fileno(), where, f"{key}.{ending}", member)
                              for ending, member in self._folder.rows.members(place).items() if ending != unwanted}
         except OSError as error:
-            raise AvtrainError(f"{path} can't be read any more: {error.strerror or error}; was it moved or "
+            raise AvtrainError(f"{where} can't be read any more: {error.strerror or error}; was it moved or "
                                "deleted?") from error
 
-    def _find(self, number: int) -> Path:
-        """The shard on this machine, fetched if it is not there."""
+    def _opened(self, number: int) -> BinaryIO:
+        """The shard, open; fetched if it is not on this machine."""
         shard = self._folder.shards[number]
         if is_remote(shard.url):
-            return download(shard.url, shard.size, shard.sha256)
+            return cache.opened(shard.url, shard.size, shard.sha256)
+        return self._path(number).open("rb")
+
+    def _find(self, number: int) -> Path:
+        """A shard of this machine."""
+        shard = self._folder.shards[number]
         path = Path(shard.url)
         try:
             size = path.stat().st_size
@@ -254,7 +261,7 @@ class ShardReader:
         return path
 
 
-def _content(file: int, path: Path, name: str, member: Member) -> bytes:
+def _content(file: int, where: str, name: str, member: Member) -> bytes:
     """A member's content, if the header before it has its name and size."""
     both = os.pread(file, TAR_BLOCK + member.size, member.offset - TAR_BLOCK)
     try:
@@ -263,6 +270,6 @@ def _content(file: int, path: Path, name: str, member: Member) -> bytes:
     except tarfile.HeaderError:
         fits = False
     if not fits:
-        raise AvtrainError(f"{path} does not go with its {MANIFEST}: {name} does not lie at byte {member.offset} with "
+        raise AvtrainError(f"{where} does not go with its {MANIFEST}: {name} does not lie at byte {member.offset} with "
                            f"{member.size} bytes: run `avprep verify`, or {_AGAIN}")
     return both[TAR_BLOCK:]

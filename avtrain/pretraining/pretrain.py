@@ -15,11 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 from avtrain import ranks
 from avtrain.checkpoints.ours import save_model
 from avtrain.config import Config, config_from, config_to
+from avtrain.data.cache import check_limit
 from avtrain.data.clips import ClipDataset
 from avtrain.data.handover import check_room
-from avtrain.data.loader import Batch, Epochs
+from avtrain.data.loader import Batch, Epochs, clips_of_piece
 from avtrain.data.order import ClipPlace, Wanted, cut_of, epoch_order
 from avtrain.data.shards import open_folders
+from avtrain.data.storage import is_remote
+from avtrain.data.stream import Streams, stream_order
 from avtrain.engine import Run, last_step
 from avtrain.errors import AvtrainError
 from avtrain.models.graphs import capture, own_gradients
@@ -38,17 +41,22 @@ _START_CLIPS = 8  # that the projections' start values are taken from
 
 def epochs_of(dataset: ClipDataset, config: Config, pin_memory: bool = False) -> Epochs:
     """Every clip once an epoch, in the order that the seed gives."""
-    folder, training = dataset.folder, config.training
+    folder, training, data = dataset.folder, config.training, config.data
+    cut = cut_of(training.batch_size, training.micro_batch, ranks.rank(), ranks.ranks())
+    streams = Streams(cut, clips_of_piece(dataset, [Wanted(ClipPlace(0, 0), 0)]), max(1, data.workers))
+    if data.order == "exact":
+        check_limit([shard.size for shard in folder.shards if is_remote(shard.url)], data.shards_at_once)
 
     @lru_cache(maxsize=2)  # the epoch of the batch under way, and of those that workers make ahead
     def order(epoch: int) -> list[ClipPlace]:
-        return epoch_order(folder.clips_of_shards, training.seed, epoch, config.data.shards_at_once)
+        if data.order == "stream":
+            return stream_order(folder.clips_of_shards, training.seed, epoch, streams, data.stream_buffer)
+        return epoch_order(folder.clips_of_shards, training.seed, epoch, data.shards_at_once)
 
     def clips_of(epoch: int, first: int, last: int) -> list[Wanted]:
         return [Wanted(place, epoch) for place in order(epoch)[first:last]]
 
-    cut = cut_of(training.batch_size, training.micro_batch, ranks.rank(), ranks.ranks())
-    return Epochs(dataset, clips_of, folder.clips, cut, folder.clips, config.data.workers, pin_memory)
+    return Epochs(dataset, clips_of, folder.clips, cut, folder.clips, data.workers, pin_memory)
 
 
 class Pretrained(NamedTuple):
@@ -87,6 +95,8 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     folder = RunFolder(out)
     inputs = {"precision": str(runtime.autocast_dtype or runtime.dtype), "train_shards": train_folder.fingerprint,
               "test_shards": test_folder.fingerprint if test_folder else None}
+    if config.data.order == "stream":  # which the order depends on
+        inputs["streams"] = f"{ranks.ranks()} x {max(1, config.data.workers)}"
     if force:
         _clear(folder)
     _check_same(folder, config, inputs)

@@ -1,5 +1,6 @@
 """`--executor ray`: a cluster of three nodes that loses one, and errors in a line."""
 
+import json
 import os
 import re
 import socket
@@ -72,6 +73,27 @@ def test_a_node_that_is_killed_costs_nothing(small_demo, avprep, three_nodes, tm
     assert not list(out.rglob("*.part")) and not list(state.glob("planner-*")) and not list(state.glob("scratch/*"))
     assert "10 files found = 10 written" in printed
     assert all("build train" in line for line in errors.split("\n") if line.strip())  # nothing of Ray's
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_nodes_that_share_nothing_build_from_a_store_into_it(small_demo, avprep, three_nodes, bucket, s3_server,
+                                                             tmp_path):
+    """Credentials travel with the tasks; the nodes' environment has none."""
+    arguments = ["build", "--dataset", "demo", "--shard-mb", "0.3", "--raw"]
+    assert avprep(*arguments, small_demo, "--out", tmp_path / "local").returncode == 0
+    for path in small_demo.rglob("*.mp4"):
+        bucket.pipe_file(f"bucket/raw/{path.relative_to(small_demo).as_posix()}", path.read_bytes())
+    options = {"key": "k", "secret": "s", "client_kwargs": {"endpoint_url": s3_server}}
+    away = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "avprep.cli", *arguments, "s3://bucket/raw", "--out", "s3://bucket/shards", "--executor",
+         "ray", "--ray-address", three_nodes.address, "--storage-options", json.dumps(options)],
+        capture_output=True, text=True, env=away, check=False)
+    assert done.returncode == 0, done.stderr
+    stored = {path.removeprefix("bucket/shards/"): bucket.cat_file(path) for path in bucket.find("bucket/shards")
+              if "/.build/" not in path}
+    assert stored == _bytes_of(tmp_path / "local")
 
 
 def _without(module, folder):

