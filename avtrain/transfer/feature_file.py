@@ -1,4 +1,8 @@
-"""Vectors of clips in a file: written as they come, mapped into memory, read in parts. Nothing holds all of them."""
+"""Vectors of clips in a file: written as they come, and read in parts. Nothing holds all of them.
+
+Rows are read, not mapped into memory: of 128 rows drawn at random a map brings in 130 MB of neighbours, which count as
+this process's, and takes longer (1.2 ms for 0.7).
+"""
 
 from __future__ import annotations
 
@@ -42,11 +46,20 @@ class FeatureFile:
         return len(self.clips)
 
     def read(self, name: str, rows: Numbers) -> NDArray[np.float32]:
-        """(rows, channels): a copy of these rows."""
-        if not len(rows):
-            return np.empty((0, *self.kind[name].shape), np.float32)
-        # Mapped anew each time: pages of the last time no longer count as this process's memory.
-        return np.asarray(np.memmap(self.path, self.kind, "r", self.offset, (len(self),))[name][rows], np.float32)
+        """(rows, channels) of these rows; neighbours are read at once.
+
+        Raises:
+            AvtrainError: the file has been cut meanwhile.
+        """
+        records = np.empty(len(rows), self.kind)
+        bounds = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+        with self.path.open("rb") as file:
+            for first, end in zip(bounds[:-1], bounds[1:], strict=True):
+                wanted = records[first:end].view(np.uint8)
+                file.seek(self.offset + int(rows[first]) * self.kind.itemsize if end > first else 0)
+                if file.readinto(wanted) != len(wanted):  # type: ignore[arg-type]
+                    raise AvtrainError(f"{self.path} was cut while it was read: run the same command again")
+        return np.asarray(records[name])
 
 
 def feature_file(path: Path, channels: Mapping[str, int], clips: int,
@@ -108,11 +121,13 @@ def _checked(path: Path, kind: np.dtype[Any], clips: int) -> FeatureFile:
     if found != kind or len(shape) != 1 or path.stat().st_size != offset + shape[0] * kind.itemsize:
         raise ValueError(f"{path}: other records, or not all of them")
     of_rows = np.empty(shape[0], np.int64)
-    for part in _slices(shape[0], kind.itemsize):
-        records = np.memmap(path, kind, "r", offset, shape)[part]
-        of_rows[part] = records["clip"]
-        if not all(np.isfinite(records[name]).all() for name in kind.names or () if name != "clip"):
-            raise ValueError(f"{path}: values that are not finite")
+    with path.open("rb") as file:
+        file.seek(offset)
+        for part in _slices(shape[0], kind.itemsize):
+            records = np.frombuffer(file.read((part.stop - part.start) * kind.itemsize), kind)
+            of_rows[part] = records["clip"]
+            if not all(np.isfinite(records[name]).all() for name in kind.names or () if name != "clip"):
+                raise ValueError(f"{path}: values that are not finite")
     if len(of_rows) and not (of_rows[0] >= 0 and of_rows[-1] < clips and (np.diff(of_rows) >= 0).all()):
         raise ValueError(f"{path}: clips that are not there, or out of order")
     return FeatureFile(path, kind, offset, of_rows)
@@ -170,7 +185,7 @@ class FeatureRows:
             here = of_file == number
             rows[here] = self.files[number].read(self.name, numbers[here] - self._firsts[number])
         found = torch.from_numpy(rows)
-        return found if self.scale is None else (found - self.scale[0]) / self.scale[1]
+        return found if self.scale is None else found.sub_(self.scale[0]).div_(self.scale[1])
 
     @cached_property
     def _firsts(self) -> Numbers:

@@ -71,7 +71,7 @@ def neighbour_scores(train: ClipMeans, targets: Targets, test: ClipMeans, classe
         The test's clips in parts: which, and their (clips, classes) shares of the vote.
     """
     for block in test.parts(_BLOCK_BYTES):
-        asked = F.normalize(test[block], dim=1)
+        asked = _unit(test[block])
         first = block.start
         for some, (cosines, nearest) in zip(asked.split(_COMPARED_AT_ONCE), _nearest(train, asked, protocol.neighbours),
                                             strict=True):
@@ -88,14 +88,27 @@ def _nearest(train: ClipMeans, asked: Tensor, count: int) -> list[tuple[Tensor, 
     `_COMPARED_AT_ONCE` of the clips that are asked for; the training clips are gone through once, block by block."""
     found: list[tuple[Tensor, Tensor]] = []
     for block in train.parts(_BLOCK_BYTES):
-        known = F.normalize(train[block], dim=1)
-        for number, some in enumerate(asked.split(_COMPARED_AT_ONCE)):
-            cosines, numbers = (some @ known.T).topk(min(count, len(known)), 1)
-            numbers += block.start
-            if number == len(found):
-                found.append((cosines, numbers))
-                continue
-            both = [torch.cat(pair, 1) for pair in zip(found[number], (cosines, numbers), strict=True)]
-            cosines, places = both[0].topk(min(count, both[0].shape[1]), 1)
-            found[number] = cosines, both[1].gather(1, places)
+        here = _nearest_of_block(_unit(train[block]), block.start, asked, count)
+        found = [_nearest_of_both(*pair, count) for pair in zip(found, here, strict=True)] if found else here
     return found
+
+
+def _nearest_of_block(known: Tensor, first: int, asked: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
+    """As `_nearest`, of some training clips, which are numbered from `first` on."""
+    found = []
+    for some in asked.split(_COMPARED_AT_ONCE):
+        cosines, numbers = (some @ known.T).topk(min(count, len(known)), 1)
+        found.append((cosines, numbers + first))
+    return found
+
+
+def _nearest_of_both(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """The nearest among the cosines and numbers of two blocks."""
+    cosines, numbers = (torch.cat(pair, 1) for pair in zip(one, other, strict=True))
+    cosines, places = cosines.topk(min(count, cosines.shape[1]), 1)
+    return cosines, numbers.gather(1, places)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows of length 1, in the place of those that are given."""
+    return F.normalize(rows, dim=1, out=rows)
