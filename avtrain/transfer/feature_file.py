@@ -21,7 +21,7 @@ from torch import Tensor
 from avtrain.errors import AvtrainError
 from avtrain.files import written_as_it_comes
 
-_PART_BYTES = 1 << 24
+_PART_BYTES, _PART_ROWS = 1 << 24, 4096  # what is made of rows may be longer than they are
 Numbers = NDArray[np.int64]
 Found = tuple[Numbers, Mapping[str, Tensor]]
 
@@ -134,8 +134,8 @@ def _checked(path: Path, kind: np.dtype[Any], clips: int) -> FeatureFile:
 
 
 def _slices(rows: int, row_bytes: int) -> Iterator[slice]:
-    """All rows, in parts of `_PART_BYTES` at the most."""
-    size = max(1, _PART_BYTES // max(1, row_bytes))
+    """All rows, in parts of `_PART_BYTES` and `_PART_ROWS` at the most."""
+    size = max(1, min(_PART_ROWS, _PART_BYTES // max(1, row_bytes)))
     for first in range(0, rows, size):
         yield slice(first, min(first + size, rows))
 
@@ -235,9 +235,9 @@ class ClipMeans:
             means[part] = sums / counts[:, None]
         return means
 
-    def parts(self, at_most_bytes: int) -> Iterator[slice]:
-        """All clips, so many at a time that their means take no more than that."""
-        size = max(1, at_most_bytes // (4 * max(1, self._rows.channels)))
+    def parts(self, at_most: int, at_most_bytes: int) -> Iterator[slice]:
+        """All clips, so many at a time, or fewer, so that their means take no more than so many bytes."""
+        size = max(1, min(at_most, at_most_bytes // (4 * self._rows.channels)))
         for first in range(0, len(self), size):
             yield slice(first, min(first + size, len(self)))
 

@@ -16,7 +16,7 @@ from avtrain.transfer.finetune import probabilities, task_loss
 from avtrain.transfer.protocols import Linear, Neighbours
 
 _VOTE_TEMPERATURE = 0.07
-_BLOCK_BYTES = 1 << 26  # of clips that are compared with each other
+_BLOCK = (8192, 1 << 26)  # clips that are compared with each other, and their bytes, at the most
 _COMPARED_AT_ONCE = 1024
 
 # Numbers of rows -> their class numbers, (rows,), or 0 and 1, (rows, classes), as `task_loss` takes them.
@@ -70,7 +70,7 @@ def neighbour_scores(train: ClipMeans, targets: Targets, test: ClipMeans, classe
     Yields:
         The test's clips in parts: which, and their (clips, classes) shares of the vote.
     """
-    for block in test.parts(_BLOCK_BYTES):
+    for block in test.parts(*_BLOCK):
         asked = _unit(test[block])
         first = block.start
         for some, (cosines, nearest) in zip(asked.split(_COMPARED_AT_ONCE), _nearest(train, asked, protocol.neighbours),
@@ -87,7 +87,7 @@ def _nearest(train: ClipMeans, asked: Tensor, count: int) -> list[tuple[Tensor, 
     """Cosines and numbers of the nearest training clips, nearest first, (clips, up to count) each, for every
     `_COMPARED_AT_ONCE` of the clips that are asked for; the training clips are gone through once, block by block."""
     found: list[tuple[Tensor, Tensor]] = []
-    for block in train.parts(_BLOCK_BYTES):
+    for block in train.parts(*_BLOCK):
         here = _nearest_of_block(_unit(train[block]), block.start, asked, count)
         found = [_nearest_of_both(*pair, count) for pair in zip(found, here, strict=True)] if found else here
     return found
