@@ -113,6 +113,15 @@ def test_similar_draws_near_ones_and_dissimilar_far_ones():
     assert mean["similar"] < mean["random"] - 0.02 < mean["dissimilar"] - 0.04
 
 
+@pytest.mark.parametrize("sampling", ["similar", "random"])
+def test_anchors_get_the_same_negatives_however_many_at_once(sampling, monkeypatch):
+    embeddings, anchors = _embeddings(), torch.tensor([7, 3, 59, 0, 12, 31, 8])
+    whole, _ = _sampled(embeddings, anchors, 8, sampling)
+    monkeypatch.setattr("avtrain.pretraining.negatives._AT_ONCE", 2 * len(embeddings))
+    parts, _ = _sampled(embeddings, anchors, 8, sampling)
+    assert torch.equal(parts, whole)
+
+
 def test_too_few_candidates_are_marked():
     chosen, valid = _sampled(_embeddings(3), torch.tensor([0]), 64, "random")
     assert chosen.shape == (1, 3) and valid.sum() == 2
@@ -238,12 +247,48 @@ def test_what_is_predicted_is_what_was_hidden_in_that_row(modality):
     assert torch.equal(draw.here[modality][predicted.targets], own)
 
 
+@pytest.mark.parametrize("fusion", ["early", "mid", "late"])
+def test_what_is_hidden_is_seen_nowhere_and_each_row_hears_its_own_sound(fusion):
+    """What stands in the hidden segments changes nothing; what a row has in the others is what it was given."""
+    model, objectives, inputs = _setup(fusion, batch=8)
+    model.eval()
+    embedded, *present = model.embed(*inputs)
+    draw = _drawn(objectives, *present, pairs=fusion != "late")
+    shown = objectives.tokens(model, embedded, draw)
+    hidden = [mask[..., None] for mask in draw.masks]
+    other = embedded._replace(visual_local=embedded.visual_local.masked_fill(hidden[0], 9.0),
+                              audio_local=embedded.audio_local.masked_fill(hidden[1], 9.0))
+    for one, again in zip(shown, objectives.tokens(model, other, draw), strict=True):
+        assert one is again is None or torch.equal(one, again)
+    swapped = (draw.pairs.sound_of != torch.arange(8)).tolist()
+    assert any(swapped) == (fusion != "late")
+    for row, sound in enumerate(draw.pairs.sound_of.tolist()):  # each row by itself
+        visual, audio = (torch.where(hidden[modality][clip], objectives.mask[modality], local[clip])[None]
+                         for modality, clip, local in ((0, row, embedded.visual_local),
+                                                       (1, sound, embedded.audio_local)))
+        everything = torch.ones(1, 5, dtype=torch.bool)
+        for one, alone in zip(shown, model.contextualize(visual, audio, everything, everything), strict=True):
+            assert one is alone is None or torch.allclose(one[row], alone[0], atol=1e-5)
+
+
+def test_targets_learn_too():
+    """Through W_I the loss reaches the true segment's own embedding, though its output was made from a mask."""
+    model, objectives, inputs = _setup(batch=4, pair=0.0)
+    model.eval()
+    embedded, *present = model.embed(*inputs)
+    embedded = type(embedded)(*(tensor.detach().requires_grad_() for tensor in embedded))
+    draw = _drawn(objectives, *present, pairs=False)
+    objectives(model, embedded, draw).loss.backward()
+    for modality in (0, 1):
+        assert (embedded.local(modality).grad[draw.masks[modality]].abs().sum(1) > 0).all()
+
+
 @pytest.mark.parametrize("draws", [1, 3])
 def test_pairs_are_judged_at_every_time_that_is_seen_and_heard(draws):
     model, objectives, inputs = _setup(draws=draws, batch=6)
     model.eval()
-    inputs[2][0, 3:] = inputs[3][1, :2] = inputs[3][2] = False
-    inputs[2][4, 3:] = inputs[3][5, :2] = False
+    inputs[2][0, 3:] = inputs[3][1, :1] = inputs[3][2] = False  # three times, four, none
+    inputs[2][4, 3:] = inputs[3][5, :1] = False
     embedded, *present = model.embed(*inputs)
     draw = _drawn(objectives, *present)
     parts = objectives(model, embedded, draw, _all_read(embedded)).parts
