@@ -202,8 +202,8 @@ class FeatureRows:
         """All rows, a part at a time."""
         return _slices(len(self), 4 * self.channels)
 
-    def scaled(self, scale: tuple[Tensor, Tensor]) -> FeatureRows:
-        """The same, as (row - mean) / std."""
+    def scaled(self, scale: tuple[Tensor, Tensor] | None) -> FeatureRows:
+        """The same, as (row - mean) / std; None: as they are."""
         return dataclasses.replace(self, scale=scale)
 
 
