@@ -103,7 +103,7 @@ def test_what_is_heard_is_of_the_time_that_is_seen(folder):
     parts = [stored[:, 128 * number:128 * (number + 1)] for number in range(5)]
     for epoch in range(24):
         clip = ClipDataset(folder, data, 0)[row.place, epoch]
-        for visual, audio in zip(clip.visual[0], clip.audio[0, :, 0].numpy(), strict=True):
+        for visual, audio in zip(clip.visual, clip.audio[:, 0].numpy(), strict=True):
             first = round((float(visual[:, 0].float().mean()) * 219 / 255 + 16 - 40) / 32)
             assert [np.array_equal(audio, part) for part in parts] == [number == first for number in range(5)]
             firsts.add(first)

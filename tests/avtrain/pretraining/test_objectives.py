@@ -255,19 +255,19 @@ def test_what_is_hidden_is_seen_nowhere_and_each_row_hears_its_own_sound(fusion)
     model.eval()
     embedded, *present = model.embed(*inputs)
     draw = _drawn(objectives, *present, pairs=fusion != "late")
-    shown = objectives.tokens(model, embedded, draw)
+    sound_of = draw.pairs.sound_of
+    assert (sound_of != torch.arange(8)).any() == (fusion != "late")
+    shown = _tokens(objectives, model, embedded, draw)
     hidden = [mask[..., None] for mask in draw.masks]
+    of_clips = hidden[1][sound_of.argsort()]  # hidden[1] is of the sounds that rows get
     other = embedded._replace(visual_local=embedded.visual_local.masked_fill(hidden[0], 9.0),
-                              audio_local=embedded.audio_local.masked_fill(hidden[1], 9.0))
-    for one, again in zip(shown, objectives.tokens(model, other, draw), strict=True):
+                              audio_local=embedded.audio_local.masked_fill(of_clips, 9.0))
+    for one, again in zip(shown, _tokens(objectives, model, other, draw), strict=True):
         assert one is again is None or torch.equal(one, again)
-    swapped = (draw.pairs.sound_of != torch.arange(8)).tolist()
-    assert any(swapped) == (fusion != "late")
-    for row, sound in enumerate(draw.pairs.sound_of.tolist()):  # each row by itself
-        visual, audio = (torch.where(hidden[modality][clip], objectives.mask[modality], local[clip])[None]
-                         for modality, clip, local in ((0, row, embedded.visual_local),
-                                                       (1, sound, embedded.audio_local)))
-        everything = torch.ones(1, 5, dtype=torch.bool)
+    everything = torch.ones(1, 5, dtype=torch.bool)
+    for row, sound in enumerate(sound_of.tolist()):  # each row by itself
+        visual = torch.where(hidden[0][row], objectives.mask[0], embedded.visual_local[row])[None]
+        audio = torch.where(hidden[1][row], objectives.mask[1], embedded.audio_local[sound])[None]
         for one, alone in zip(shown, model.contextualize(visual, audio, everything, everything), strict=True):
             assert one is alone is None or torch.allclose(one[row], alone[0], atol=1e-5)
 
@@ -279,7 +279,7 @@ def test_targets_learn_too():
     embedded, *present = model.embed(*inputs)
     embedded = type(embedded)(*(tensor.detach().requires_grad_() for tensor in embedded))
     draw = _drawn(objectives, *present, pairs=False)
-    objectives(model, embedded, draw).loss.backward()
+    objectives(model, embedded, draw, _all_read(embedded)).loss.backward()
     for modality in (0, 1):
         assert (embedded.local(modality).grad[draw.masks[modality]].abs().sum(1) > 0).all()
 
