@@ -12,6 +12,7 @@ from avtrain.config import DataConfig
 from avtrain.data.clips import ClipDataset
 from avtrain.data.presence import presence, segments_in
 from avtrain.data.shards import ShardReader, open_folders
+from avtrain.data.views import Views
 
 DATA = DataConfig(segment_frames=8, crop=32, scale=(32, 40), workers=0, frequency_mask=0.0, time_mask=0.0)
 SEGMENTS = {13: 1, 159: 5, 160: 5, 175: 5, 176: 6, 177: 6}  # of so many frames, at 32 each
@@ -108,3 +109,10 @@ def test_what_is_heard_is_of_the_time_that_is_seen(folder):
             assert [np.array_equal(audio, part) for part in parts] == [number == first for number in range(5)]
             firsts.add(first)
     assert firsts == set(range(5))
+
+
+def test_sound_that_ends_before_its_picture_is_absent_from_later_views(folder):
+    row = _row(folder, "quiet")
+    clip = ClipDataset(folder, DATA, None, Views("both", 5, sequence=True))[row.place, 0]
+    assert clip.visual_present.tolist() == [[True] * 5]
+    assert clip.audio_present.tolist() == [[True, True, False, False, False]] and len(clip.audio) == 2
