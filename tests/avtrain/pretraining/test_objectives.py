@@ -323,6 +323,26 @@ def test_absent_segments_are_neither_predicted_nor_negatives():
     assert torch.equal(first.loss, again.loss) and torch.isfinite(first.loss)
 
 
+@pytest.mark.parametrize("fusion", ["mid", "late"])
+def test_a_clip_that_could_not_be_read_counts_for_nothing(fusion):
+    """Neither what stands in its place, nor what is predicted of it; the others' share stays what it was."""
+    model, objectives, inputs = _setup(fusion, sampling="random", negatives=29)
+    model.eval()
+    embedded, *present = model.embed(*inputs)
+    draw, read = _drawn(objectives, *present, pairs=fusion != "late"), torch.arange(6) != 2
+    found = []
+    for fill in (None, 0.0, 7.0):
+        here = embedded if fill is None else type(embedded)(*(
+            tensor.masked_fill(~read[:, None, None], fill) for tensor in embedded))
+        found.append(objectives(model, here, draw, read))
+    assert torch.equal(found[1].loss, found[0].loss) and torch.equal(found[2].loss, found[0].loss)
+    for one, again in zip(found[0].figures().items(), found[2].figures().items(), strict=True):
+        assert one == again
+    count = int(read[draw.predicted[0].clips].sum())
+    assert float(found[0].chances["mep_visual"]) == pytest.approx(
+        count / draw.counts.predicted[0] * math.log(25), rel=1e-5)  # of 30 candidates 5 are not there
+
+
 @pytest.mark.parametrize("case", ["sound alone", "pictures alone", "one clip", "nothing to predict"])
 def test_what_is_not_there_costs_nothing(case):
     model, objectives, inputs = _setup()
