@@ -290,24 +290,27 @@ def _evaluate_all(transferred: Callable[[Trial, list[str]], dict[str, Any]],
 @click.option("--shards", multiple=True, required=True, help="Folder of a split, or its address; may be repeated.")
 @click.option("-o", "--output", type=FILE, required=True, help="The .parquet file to write.")
 @set_option("embed", "May be repeated.", "data.FIELD=VALUE")
-@click.option("--cache", type=FOLDER, default=Path("runs/features"), help="Folder of frozen features.")
+@click.option("--cache", type=FOLDER, hidden=True, expose_value=False)  # of earlier versions: nothing is kept beside
 @store_options
 @runtime_options()
-def embed(checkpoint: Path, shards: tuple[str, ...], output: Path, overrides: tuple[str, ...], cache: Path,
-          device: str | None, precision: str) -> None:
+def embed(checkpoint: Path, shards: tuple[str, ...], output: Path, overrides: tuple[str, ...], device: str | None,
+          precision: str) -> None:
     """Write embeddings of clips: one row a clip and segment (key, labels, time_s, visual, audio, multimodal).
 
     Of each clip the first data.segments segments, as many as the checkpoint was trained with; --set data.segments=15
-    takes more.
+    takes more. The file appears when it is whole: a run that was stopped begins again.
     """
     from avtrain.data.shards import open_folders
+    from avtrain.files import remove_leftovers
     from avtrain.runtime import choose_runtime
-    from avtrain.transfer.retrieval import write_embeddings
+    from avtrain.transfer.embeddings import write_embeddings
 
     _check_ending(output, ".parquet")
     source = _embedder(checkpoint, overrides)
-    rows = write_embeddings(source.model, open_folders(list(shards)), source.data, choose_runtime(device, precision),
-                            output, cache)
+    folder, runtime = open_folders(list(shards)), choose_runtime(device, precision)
+    if remove_leftovers(output):
+        click.echo(f"{output}: what a killed run had left of it is removed, and it is begun again")
+    rows = write_embeddings(source.model, folder, source.data, runtime, output)
     click.echo(f"{rows} rows in {output}")
 
 

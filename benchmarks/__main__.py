@@ -7,7 +7,7 @@ import sys
 
 from benchmarks import Row
 
-MODULES = ["prep", "data", "manifest", "model"]
+MODULES = ["prep", "data", "manifest", "features", "model"]
 
 
 def main(names: list[str]) -> int:

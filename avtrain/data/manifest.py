@@ -137,6 +137,10 @@ class ClipRows(Sequence[ClipRow]):
         """Some of these rows, by their numbers here or as a mask."""
         return ClipRows(self._columns, self._numbers[np.asarray(which)])
 
+    def numbers(self) -> NDArray[np.int64]:
+        """Of each row, among all of its folders'."""
+        return self._numbers
+
     def keys(self) -> list[str]:
         """Of each row."""
         return list(self._columns.keys.take(self._numbers).to_pylist())

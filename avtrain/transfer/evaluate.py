@@ -23,11 +23,12 @@ from avtrain.fields import kinds_of
 from avtrain.retired import current_names
 from avtrain.run_folder import RunFolder, check_settings, delete, read_settings, write_settings
 from avtrain.runtime import Runtime
+from avtrain.transfer.feature_file import ClipMeans, FeatureRows, Numbers, mean_and_std
 from avtrain.transfer.features import view_features, weights_hash
 from avtrain.transfer.finetune import finetune, fixed_views, predict
 from avtrain.transfer.metrics import confusion
 from avtrain.transfer.predictions import Predictions, ScoreSums, mean_metrics, metrics_of, targets_of
-from avtrain.transfer.probes import linear_scores, neighbour_scores, standardized
+from avtrain.transfer.probes import linear_scores, neighbour_scores
 from avtrain.transfer.protocols import Finetune, Linear, Neighbours, Protocol, protocol_for
 from avtrain.transfer.results import draw_confusion, git_commit, numbers, read_whole_predictions, write_predictions
 from avtrain.transfer.splits import held_out, usable_clips
@@ -202,54 +203,41 @@ def _probe(source: Start, trial: Trial, protocol: Linear | Neighbours, known: tu
     """Linear or nearest neighbours, on cached features: learned from the clips that are known, for each that are
     asked."""
     classes = len(known[0].classes)
-    views = Views(trial.modality, protocol.train_views, whole=protocol.test_whole)
-    x, keys, labels = _rows_of(source, *known, views, cache, runtime)
-    others, other_keys = [], []
-    for folder, clips in asked:
-        rows, of_rows, _ = _rows_of(source, folder, clips, fixed_views(protocol, trial.modality), cache, runtime)
-        others.append(rows)
-        other_keys.append(of_rows)
-    targets = targets_of(labels, classes, known[0].multi_label)
+    train = _rows_of(source, *known, Views(trial.modality, protocol.train_views, whole=protocol.test_whole), cache,
+                     runtime)
+    tests = [_rows_of(source, *clips, fixed_views(protocol, trial.modality), cache, runtime) for clips in asked]
     if protocol.standardize:
-        x, *others = standardized(x, *others)
+        scale = mean_and_std(train)
+        train, *tests = (rows.scaled(scale) for rows in (train, *tests))
+    labels = known[0].rows.labels()
+
+    def targets(clips: Numbers) -> torch.Tensor:
+        return targets_of([labels[clip] for clip in clips.tolist()], classes, known[0].multi_label)
+
     if isinstance(protocol, Linear):
-        scores = linear_scores(x, targets, torch.cat(others), classes, protocol, trial.seed, runtime.device)
+        clips_of_tests = [rows.clips for rows in tests]
+        scores = linear_scores(train, lambda rows: targets(train.clips[rows]), tests, classes, protocol, trial.seed,
+                               runtime.device)
     else:
-        x, first = _means_by_clip(x, keys)
-        targets = targets[first]
-        for number, (rows, of_rows) in enumerate(zip(others, other_keys, strict=True)):
-            others[number], first = _means_by_clip(rows, of_rows)
-            other_keys[number] = [of_rows[row] for row in first]
-        scores = neighbour_scores(x, targets, torch.cat(others), classes, protocol)
+        means, *others = map(ClipMeans, (train, *tests))
+        clips_of_tests = [of_test.clips for of_test in others]
+        scores = [neighbour_scores(means, lambda rows: targets(means.clips[rows]), of_test, classes, protocol)
+                  for of_test in others]
     found = []
-    for (_, clips), of_rows, part in zip(asked, other_keys, scores.split([len(rows) for rows in others]), strict=True):
-        sums = ScoreSums(clips, classes)
-        sums.add(of_rows, part)
+    for (folder, clips), of_rows, parts in zip(asked, clips_of_tests, scores, strict=True):
+        keys, sums = folder.rows.keys(), ScoreSums(clips, classes)
+        for part, some in parts:
+            sums.add([keys[clip] for clip in of_rows[part].tolist()], some)
         found.append(sums.predictions())
     return found
 
 
 def _rows_of(source: Start, folder: ShardFolder, clips: ClipRows, views: Views, cache: Path,
-             runtime: Runtime) -> tuple[torch.Tensor, list[str], list[list[int]]]:
-    """Features, keys and labels of the views of these clips; cached for each folder of shards by itself."""
-    parts = [view_features(source.model, of_one, source.data, views, runtime, cache)
-             for of_one in folder.joined_from or (folder,)]
-    wanted = set(clips.keys())
-    keys = [key for part in parts for key in part.keys]
-    labels = [one for part in parts for one in part.labels]
-    rows = [row for row, key in enumerate(keys) if key in wanted]
-    return torch.cat([part.pooled for part in parts])[rows], [keys[row] for row in rows], [labels[row] for row in rows]
-
-
-def _means_by_clip(x: torch.Tensor, keys: list[str]) -> tuple[torch.Tensor, list[int]]:
-    """Features averaged over each clip's views; and the first row of each clip."""
-    first: dict[str, int] = {}
-    for row, key in enumerate(keys):
-        first.setdefault(key, row)
-    number = {key: index for index, key in enumerate(first)}
-    of_rows = torch.tensor([number[key] for key in keys])
-    sums = torch.zeros(len(first), x.shape[1]).index_add(0, of_rows, x)
-    return sums / of_rows.bincount()[:, None], list(first.values())
+             runtime: Runtime) -> FeatureRows:
+    """Features of the views of these clips; cached for each folder of shards by itself."""
+    folders = folder.joined_from or (folder,)
+    files = [view_features(source.model, of_one, source.data, views, runtime, cache) for of_one in folders]
+    return FeatureRows.of_clips(files, "pooled", [of_one.clips for of_one in folders], clips.numbers())
 
 
 def _views_json(trial: Trial) -> dict[str, Any]:

@@ -1,139 +1,134 @@
-"""What a model makes of shards with its weights frozen, computed once and kept on disk."""
+"""What a model makes of shards with its weights frozen: handed on as it comes, or kept in files and read in parts."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from avtrain.config import ClipConfig, DataConfig
 from avtrain.data.clips import ClipDataset
-from avtrain.data.loader import Batch, batches, readable
+from avtrain.data.loader import Batch, UnreadableCount, batches
 from avtrain.data.order import at_epoch, batches_of, fixed_order
 from avtrain.data.shards import ShardFolder
 from avtrain.data.views import Views
 from avtrain.errors import AvtrainError
-from avtrain.files import written_whole
 from avtrain.models.avbert import AVBert
 from avtrain.progress import bar_options
 from avtrain.runtime import Runtime
+from avtrain.transfer.feature_file import FeatureFile, Found, Numbers, feature_file
 
 _CLIPS_AT_ONCE = 8
 _SEGMENTS_AT_ONCE = 160
 
 
-@dataclass(frozen=True)
-class Features:
-    """Frozen outputs of a model, float32 on the CPU. A row is a clip, in the order of the shards.
+class Outputs(NamedTuple):
+    """What a model makes of some clips or views, in the order of the shards.
 
     Attributes:
-        keys: of each row's clip.
-        labels: indices of each row's classes.
-        visual_present, audio_present: (rows, segments) boolean.
-        visual_pooled, audio_pooled: (rows, segments, channels), the CNNs' outputs; zeros where absent.
-        visual_local, audio_local: (rows, segments, D), projected and normalised.
-        visual_tokens, audio_tokens: (rows, 1 + segments, D), BOS first; None with early fusion.
-        multimodal_tokens: (rows, 2 + 2 * segments, D), visual first; None with late fusion.
+        batch: keys, labels and presence of the rows.
+        clips: (rows,) the number of each row's clip in the folder.
+        tensors: by name, (rows, ...), float32 on the CPU.
     """
 
-    keys: list[str]
-    labels: list[list[int]]
-    visual_present: Tensor
-    audio_present: Tensor
-    visual_pooled: Tensor
-    audio_pooled: Tensor
-    visual_local: Tensor
-    audio_local: Tensor
-    visual_tokens: Tensor | None = None
-    audio_tokens: Tensor | None = None
-    multimodal_tokens: Tensor | None = None
+    batch: Batch
+    clips: Numbers
+    tensors: dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class ViewFeatures:
-    """What the CNNs make of views, float32 on the CPU. A row is a view, in the order of the shards.
-
-    Attributes:
-        keys: of each row's clip.
-        labels: indices of each row's classes.
-        pooled: (rows, channels), visual before audio, each the mean over the segments that are there.
-    """
-
-    keys: list[str]
-    labels: list[list[int]]
-    pooled: Tensor
-
-
-_Kind = TypeVar("_Kind", Features, ViewFeatures)
-
-
-def frozen_features(model: AVBert, folder: ShardFolder, config: DataConfig, runtime: Runtime,
-                    cache: Path | None = None) -> Features:
-    """Features of whole clips in the fixed view of evaluation, from the cache where they were computed before.
+def segment_outputs(model: AVBert, folder: ShardFolder, config: DataConfig, runtime: Runtime) -> Iterator[Outputs]:
+    """Outputs for whole clips in the fixed view of evaluation, some clips at a time; clips that can't be decoded are
+    left out.
 
     Args:
         model: used in eval mode on the runtime's device; its mode is put back.
-        folder: the shards; clips that can't be decoded are left out.
+        folder: the shards.
         config: what a clip looks like.
         runtime: device and precision.
-        cache: folder of cached features, named by network, shards, view and precision; None: nothing is kept.
+
+    Yields:
+        visual_local, audio_local: (clips, segments, D); zeros where absent.
+        multimodal: (clips, segments, D), the mean of a segment's visual and audio tokens, of those that are there; not
+            with late fusion.
 
     Raises:
-        AvtrainError: shards and settings don't fit, more than 1 % of the clips can't be decoded, or features are not
+        AvtrainError: shards and settings don't fit, more than 1 % of the clips can't be decoded, or outputs are not
             finite.
     """
+    def outputs(batch: Batch) -> dict[str, Tensor]:
+        found = model(*batch.tensors(runtime.device))
+        local = {"visual_local": found.visual_local, "audio_local": found.audio_local}
+        if found.multimodal_tokens is None:
+            return local
+        visual, audio = (tokens[:, 1:].float().cpu() for tokens in found.multimodal_tokens.chunk(2, 1))
+        there = [present[..., None].float() for present in (batch.visual_present, batch.audio_present)]
+        mean = (visual * there[0] + audio * there[1]) / (there[0] + there[1]).clamp(min=1)
+        return {**local, "multimodal": mean}
+
+    return _extract(model, outputs, ClipDataset(folder, config, None), _CLIPS_AT_ONCE, runtime)
+
+
+def clip_means(model: AVBert, folder: ShardFolder, config: DataConfig, runtime: Runtime, cache: Path) -> FeatureFile:
+    """Local embeddings averaged over a clip's segments, of the clips with picture and sound: visual and audio, D each.
+
+    Args:
+        model, folder, config, runtime: as for `segment_outputs`.
+        cache: folder of features, named by network, shards, view and precision. What was computed before is not
+            computed again.
+
+    Raises:
+        AvtrainError: as `segment_outputs`.
+    """
+    def outputs(batch: Batch) -> dict[str, Tensor]:
+        local, visual_present, audio_present = model.embed(*batch.tensors(runtime.device))
+        return {"visual": _means(local.visual_local.float().cpu(), batch.visual_present),
+                "audio": _means(local.audio_local.float().cpu(), batch.audio_present)}
+
+    def make() -> Iterator[Found]:
+        for found in _extract(model, outputs, ClipDataset(folder, config, None), _CLIPS_AT_ONCE, runtime):
+            both = found.batch.visual_present.any(1) & found.batch.audio_present.any(1)
+            yield found.clips[both.numpy()], {name: tensor[both] for name, tensor in found.tensors.items()}
+
     view = {field.name: getattr(config, field.name) for field in dataclasses.fields(ClipConfig)
             if field.name != "workers"}  # how batches are made does not change them
-
-    def outputs(batch: Batch) -> dict[str, Tensor | None]:
-        found = model(*batch.tensors(runtime.device))
-        return {"visual_present": batch.visual_present, "audio_present": batch.audio_present, **found._asdict()}
-
-    def compute() -> Features:
-        places = batches_of(fixed_order(folder.clips_of_shards), _CLIPS_AT_ONCE)
-        supply = batches(ClipDataset(folder, config, None), at_epoch(places, 0), config.workers)
-        return Features(**_extract(model, outputs, supply, len(places), runtime, folder.clips))
-
-    return _cached(Features, compute, cache, _key(model, folder, runtime, view))
+    channels = dict.fromkeys(("visual", "audio"), model.config.dimension)
+    return feature_file(cache / _name(model, folder, runtime, ["clip means", view]), channels, folder.clips, make)
 
 
 def view_features(model: AVBert, folder: ShardFolder, config: DataConfig, views: Views, runtime: Runtime,
-                  cache: Path | None = None) -> ViewFeatures:
-    """The CNNs' features of all clips in evenly spaced views.
+                  cache: Path) -> FeatureFile:
+    """The CNNs' features of all clips in evenly spaced views, a row a view: "pooled", visual before audio, each the
+    mean over the segments that are there. A modality that is left out has no channels.
 
     Args:
-        model, folder, config, runtime, cache: as for `frozen_features`.
+        model, folder, config, runtime, cache: as for `clip_means`.
         views: which.
 
-    Returns:
-        Features; a modality that is left out has no channels.
-
     Raises:
-        AvtrainError: as `frozen_features`.
+        AvtrainError: as `segment_outputs`.
     """
-    def outputs(batch: Batch) -> dict[str, Tensor | None]:
+    def outputs(batch: Batch) -> dict[str, Tensor]:
         local, visual_present, audio_present = model.embed(*batch.tensors(runtime.device))
         seen, heard = _means(local.visual_pooled, visual_present), _means(local.audio_pooled, audio_present)
         return {"pooled": torch.cat({"visual": [seen], "audio": [heard]}.get(views.modality, [seen, heard]), 1)}
 
-    def compute() -> ViewFeatures:
-        places = batches_of(fixed_order(folder.clips_of_shards),
-                            max(1, _SEGMENTS_AT_ONCE // (views.clips * views.crops)))
-        supply = batches(ClipDataset(folder, config, None, views), at_epoch(places, 0), config.workers)
-        return ViewFeatures(**_extract(model, outputs, supply, len(places), runtime, folder.clips))
+    def make() -> Iterator[Found]:
+        clips_at_once = max(1, _SEGMENTS_AT_ONCE // (views.clips * views.crops))
+        for found in _extract(model, outputs, ClipDataset(folder, config, None, views), clips_at_once, runtime):
+            yield found.clips, found.tensors
 
+    lengths = {"visual": model.visual_cnn.outputs, "audio": model.audio_cnn.outputs}
+    channels = {"pooled": lengths.get(views.modality, sum(lengths.values()))}
     view = [config.segment_frames, config.crop, config.scale[0], dataclasses.asdict(views)]
-    return _cached(ViewFeatures, compute, cache, _key(model, folder, runtime, view))
+    return feature_file(cache / _name(model, folder, runtime, view), channels, folder.clips, make)
 
 
 def _means(pooled: Tensor, present: Tensor) -> Tensor:
@@ -142,25 +137,25 @@ def _means(pooled: Tensor, present: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _extract(model: AVBert, outputs: Callable[[Batch], dict[str, Tensor | None]], supply: Iterable[Batch], count: int,
-             runtime: Runtime, clips: int) -> dict[str, Any]:
-    """Keys, labels and outputs of `count` batches, in their order, in eval mode."""
+def _extract(model: AVBert, outputs: Callable[[Batch], dict[str, Tensor]], dataset: ClipDataset, clips_at_once: int,
+             runtime: Runtime) -> Iterator[Outputs]:
+    """Outputs of all clips of the dataset's folder, in their order, in eval mode."""
     was_training = model.training
     model.to(runtime.device).eval()
-    keys: list[str] = []
-    labels: list[list[int]] = []
-    parts: dict[str, list[Tensor]] = {}
-    for batch in readable(tqdm(supply, "features", count, unit="batch", **bar_options()), clips):
+    places = batches_of(fixed_order(dataset.folder.clips_of_shards), clips_at_once)
+    supply = batches(dataset, at_epoch(places, 0), dataset.config.workers)
+    unreadable = UnreadableCount(dataset.folder.clips)
+    for number, batch in enumerate(tqdm(supply, "features", len(places), unit="batch", **bar_options())):
+        unreadable.add(batch.unreadable)
+        if not batch.keys:
+            continue
         with runtime.autocast():
             found = outputs(batch)
-        keys += batch.keys
-        labels += batch.labels
         for name, tensor in found.items():
-            if tensor is not None:
-                _check_finite(name, tensor, batch.keys)
-                parts.setdefault(name, []).append(tensor.cpu() if tensor.dtype == torch.bool else tensor.float().cpu())
+            _check_finite(name, tensor, batch.keys)
+        yield Outputs(batch, number * clips_at_once + np.asarray(batch.places, np.int64),
+                      {name: tensor.float().cpu() for name, tensor in found.items()})
     model.train(was_training)
-    return {"keys": keys, "labels": labels, **{name: torch.cat(tensors) for name, tensors in parts.items()}}
 
 
 def _check_finite(name: str, tensor: Tensor, keys: list[str]) -> None:
@@ -170,49 +165,10 @@ def _check_finite(name: str, tensor: Tensor, keys: list[str]) -> None:
                            "--precision float32")
 
 
-def _cached(kind: type[_Kind], compute: Callable[[], _Kind], cache: Path | None, key: list[Any]) -> _Kind:
-    """What `compute` gives, or gave before for the same key.
-
-    Args:
-        kind: of features.
-        compute: called if it is not in the cache.
-        cache: folder; None: always computed.
-        key: everything that the features depend on, as JSON has it.
-    """
-    if cache is None:
-        return compute()
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    path = cache / f"{name}.safetensors"
-    if path.is_file():
-        try:
-            return _read(kind, path)
-        except (SafetensorError, KeyError, ValueError, TypeError):
-            path.unlink()  # damaged: it can be made again
-    elif path.exists():
-        raise AvtrainError(f"{path} is no file, where features are kept: move it away, or choose another --cache")
-    features = compute()
-    tensors = {field.name: tensor.contiguous() for field in dataclasses.fields(kind)
-               if isinstance(tensor := getattr(features, field.name), Tensor)}
-    with written_whole(path) as temporary:
-        save_file(tensors, temporary, {"clips": json.dumps([features.keys, features.labels])})
-    return features
-
-
-def _read(kind: type[_Kind], path: Path) -> _Kind:
-    with safe_open(path, framework="pt") as file:
-        keys, labels = json.loads((file.metadata() or {})["clips"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    if {len(keys), len(labels)} != {len(tensor) for tensor in tensors.values()} or any(
-            tensor.dtype not in (torch.float32, torch.bool) or not bool(tensor.isfinite().all())
-            for tensor in tensors.values()):
-        raise ValueError(f"{path}: rows and tensors do not fit, or are not finite")
-    return kind(keys, labels, **tensors)
-
-
-def _key(model: AVBert, folder: ShardFolder, runtime: Runtime, view: Any) -> list[Any]:
-    """What features depend on. Some settings, as the scale of log-mels and the stem's stride, show in no weight."""
-    return [weights_hash(model), dataclasses.asdict(model.config), folder.fingerprint, str(runtime.autocast_dtype),
-            view]
+def _name(model: AVBert, folder: ShardFolder, runtime: Runtime, view: Any) -> str:
+    """Of a file, by all that its features depend on. Some settings, as the scale of log-mels, show in no weight."""
+    key = [weights_hash(model), dataclasses.asdict(model.config), folder.fingerprint, str(runtime.autocast_dtype), view]
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24] + ".npy"
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -202,7 +202,7 @@ def test_a_run_that_ends_with_losses_that_are_not_finite_has_a_checkpoint_or_fai
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
     """Two parts, whose shares of the mean add up: the same as at once, without batch statistics, dropout and noise."""
     torch.manual_seed(0)
-    results = []
+    results, figures = [], []
     for parts in (1, 2):
         torch.manual_seed(0)
         network = nn.Linear(8, 1)
@@ -218,10 +218,31 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
 
         halves = Halves()
         halves.parts = parts
-        run.train(lambda batch, part, network=network: (network(batch.inputs).square().sum() / 4, {}), halves,
-                  nullcontext, dict)
+
+        def step(batch, part, network=network):
+            loss = network(batch.inputs).square().sum() / 4
+            return loss, {"twice": 2 * loss.detach()}
+
+        run.train(step, halves, nullcontext, dict)
         results.append(network.weight.detach().clone())
+        [(_, loss, twice)] = _losses(tmp_path / str(parts))
+        figures.append((loss, twice))
     assert torch.allclose(results[0], results[1], atol=1e-7)
+    assert figures[1] == pytest.approx(figures[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5, 100.0])
+def test_gradients_are_scaled_down_to_the_norm_that_is_set(tmp_path, clip_norm):
+    network = nn.Linear(8, 1, bias=False)
+    before = network.weight.detach().clone()
+    run = Run(RunFolder(tmp_path), {"network": network}, torch.optim.SGD(network.parameters(), lr=1.0, fused=True),
+              replace(CONFIG, steps=1, warmup=0.0, learning_rate=1.0, clip_norm=clip_norm), lambda folder: None)
+    run.train(lambda batch, part: (3 * network.weight.sum(), {}), _Batches(), nullcontext, dict)
+    norm = 3 * 8**0.5
+    wanted = min(norm, clip_norm or norm)
+    assert float((network.weight.detach() - before).norm()) == pytest.approx(wanted, rel=1e-4)
+    [line] = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert line["gradient_norm"] == pytest.approx(norm, rel=1e-4)  # as it was before
 
 
 def test_learning_rate_rises_and_falls():

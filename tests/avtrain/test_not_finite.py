@@ -7,8 +7,6 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from small_eval import NETWORK, QUICK, invoke, run_eval, settings
 
 from avtrain.checkpoints.ours import load_checkpoint, save_model
@@ -142,17 +140,3 @@ def test_features_that_are_not_finite_are_no_result(demo_shards, checkpoint, tmp
         done = invoke(command[0], "--checkpoint", tmp_path / "huge.safetensors", *command[1:], *tail)
         assert done.exit_code == 1 and "of it is not finite: use another checkpoint" in done.output, done.output
     assert not list(tmp_path.glob("rows*")) and not list((tmp_path / "cache").glob("*"))
-
-
-def test_features_that_were_kept_with_nan_are_made_anew(demo_shards, checkpoint, tmp_path):
-    command = ["embed", "--checkpoint", checkpoint, "--shards", demo_shards / "test", "-o", tmp_path / "rows.parquet",
-               "--cache", tmp_path / "cache", "--device", "cpu"]
-    assert invoke(*command).exit_code == 0
-    [path] = (tmp_path / "cache").iterdir()
-    before = (tmp_path / "rows.parquet").read_bytes()
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    tensors["audio_local"][0] = torch.nan
-    save_file(tensors, path, metadata)
-    assert invoke(*command).exit_code == 0 and (tmp_path / "rows.parquet").read_bytes() == before

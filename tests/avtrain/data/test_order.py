@@ -19,6 +19,13 @@ def test_every_clip_once_an_epoch_and_never_the_same_order(shards):
     assert len({tuple(order) for order in orders}) == 4
 
 
+def test_an_epoch_moves_through_some_shards_at_a_time():
+    order = epoch_order([7] * 40, 0, 0, 8)
+    groups = [{shard for shard, _ in order[first:first + 56]} for first in range(0, 280, 56)]
+    assert all(len(group) == 8 for group in groups) and len(set.union(*groups)) == 40
+    assert [shard for shard, _ in order[:14]] != sorted(shard for shard, _ in order[:14])  # mixed within
+
+
 @pytest.mark.parametrize(("ranks", "workers", "shards"), [
     (1, 0, [7]), (2, 1, [7]), (2, 2, [3, 4, 1]), (3, 2, [3] * 7), (4, 0, [1, 2, 3]), (1, 2, [1] * 7)])
 def test_every_clip_is_seen_once_an_epoch_by_one_rank_and_batches_stay_full(ranks, workers, shards):

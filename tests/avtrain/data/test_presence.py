@@ -1,5 +1,6 @@
 """Which segments a clip has: the last one counts from half its length on, and the manifest's row alone tells."""
 
+import io
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,8 @@ from padded import padded
 from avtrain.config import DataConfig
 from avtrain.data.clips import ClipDataset
 from avtrain.data.presence import presence, segments_in
-from avtrain.data.shards import open_folders
+from avtrain.data.shards import ShardReader, open_folders
+from avtrain.data.views import Views
 
 DATA = DataConfig(segment_frames=8, crop=32, scale=(32, 40), workers=0, frequency_mask=0.0, time_mask=0.0)
 SEGMENTS = {13: 1, 159: 5, 160: 5, 175: 5, 176: 6, 177: 6}  # of so many frames, at 32 each
@@ -22,11 +24,12 @@ def folder(ffmpeg, avprep, tmp_path_factory):
     picture and 3.2 s of sound, `music` 5 s of sound alone."""
     root = tmp_path_factory.mktemp("presence")
     (root / "raw" / "thing").mkdir(parents=True)
+    rising = "aevalsrc=0.5*sin(2*PI*(200+100*t)*t):s=44100"
     picture = "nullsrc=s=48x48:r=16,geq=lum='40+N':cb=128:cr=128"
     for name, frames, heard_s in (*((f"of{frames}", frames, frames / 16) for frames in SEGMENTS),
                                   ("quiet", 160, 3.2), ("music", 0, 5)):
         seen = ("-f", "lavfi", "-t", frames / 16, "-i", picture) if frames else ()
-        ffmpeg(*seen, "-f", "lavfi", "-t", heard_s, "-i", "sine=500:r=44100", "-c:v", "libx264", "-crf", 4, "-c:a",
+        ffmpeg(*seen, "-f", "lavfi", "-t", heard_s, "-i", rising, "-c:v", "libx264", "-crf", 4, "-c:a",
                "pcm_s16le", "-preset", "ultrafast", root / "raw" / "thing" / f"{name}.mkv")
     done = avprep("build", "--dataset", "folder", "--raw", root / "raw", "--out", root, "--crf", 4)
     assert done.returncode == 0, done.stderr
@@ -92,3 +95,24 @@ def test_the_part_that_is_taken_begins_anywhere_where_both_are(folder):
     assert first_lumas("of160", 3) == {0, 1, 2}
     assert first_lumas("quiet", 2) == {0}  # two segments of sound
     assert first_lumas("quiet", 1) == {0, 1}
+
+
+def test_what_is_heard_is_of_the_time_that_is_seen(folder):
+    """Wherever the part of a longer clip begins that training takes."""
+    row, data, firsts = _row(folder, "of160"), replace(DATA, segments=2), set()
+    stored = np.load(io.BytesIO(ShardReader(folder).read(*row.place)[1]["logmel.npy"])).astype(np.float32)
+    parts = [stored[:, 128 * number:128 * (number + 1)] for number in range(5)]
+    for epoch in range(24):
+        clip = ClipDataset(folder, data, 0)[row.place, epoch]
+        for visual, audio in zip(clip.visual, clip.audio[:, 0].numpy(), strict=True):
+            first = round((float(visual[:, 0].float().mean()) * 219 / 255 + 16 - 40) / 32)
+            assert [np.array_equal(audio, part) for part in parts] == [number == first for number in range(5)]
+            firsts.add(first)
+    assert firsts == set(range(5))
+
+
+def test_sound_that_ends_before_its_picture_is_absent_from_later_views(folder):
+    row = _row(folder, "quiet")
+    clip = ClipDataset(folder, DATA, None, Views("both", 5, sequence=True))[row.place, 0]
+    assert clip.visual_present.tolist() == [[True] * 5]
+    assert clip.audio_present.tolist() == [[True, True, False, False, False]] and len(clip.audio) == 2

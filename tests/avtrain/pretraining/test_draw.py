@@ -77,6 +77,8 @@ def test_what_is_drawn_depends_on_seed_step_draw_and_place_alone():
                 assert noise[(draw * 8 + clip) * 5 + segment] == own
     first, *others = (_drawn(present, present, **named).masks[0] for named in ({}, {"step": 1}, {"seed": 1}))
     assert all(not torch.equal(first, other) for other in others)
+    again, later = (_drawn(present, present, step=step, mask_rate=0.999).predicted[0] for step in (0, 1))
+    assert not set(again.noise.tolist()) & set(later.noise.tolist())  # nor the same negatives
     assert not torch.equal(*whole.masks[0].view(2, 8, 5)) and not torch.equal(whole.masks[0], whole.masks[1])
 
 

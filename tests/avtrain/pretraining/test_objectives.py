@@ -1,17 +1,14 @@
-"""The losses against plain loops, chance, and what must not matter; negatives against their stated probabilities."""
+"""The losses against plain loops, chance, and what must not matter."""
 
 import math
 
 import pytest
 import torch
-from scipy.stats import chisquare
 from torch import nn
 
 from avtrain.config import ModelConfig, ObjectivesConfig
 from avtrain.models.avbert import AVBert
 from avtrain.pretraining.draw import Clips, drawn
-from avtrain.pretraining.negatives import sample_negatives, sampling_weights
-from avtrain.pretraining.noise import hashed
 from avtrain.pretraining.objectives import Objectives, shared_group
 
 SMALL = {"visual_width": 4, "visual_blocks": (1,), "audio_width": 4, "audio_blocks": (1,), "audio_stem_stride": 4,
@@ -56,77 +53,6 @@ def _all_read(embedded):
 
 def _tokens(objectives, model, embedded, draw):
     return objectives.tokens(model, embedded, shared_group(embedded, _all_read(embedded), draw), draw)
-
-
-# --- negatives
-
-
-def _embeddings(count=60, channels=8, seed=0):
-    return torch.randn(count, channels, generator=torch.Generator().manual_seed(seed))
-
-
-def _sampled(embeddings, anchors, count, sampling, seed=0):
-    return sample_negatives(embeddings, anchors, hashed(seed, torch.arange(len(anchors))),
-                            torch.arange(len(embeddings)), count, sampling, 95.0)
-
-
-@pytest.mark.parametrize("sampling", ["similar", "dissimilar", "random"])
-def test_first_draws_follow_the_stated_probabilities(sampling):
-    """Chi-square against weights computed in a plain float64 loop."""
-    embeddings, anchor, draws = _embeddings(), 7, 20_000
-    unit = torch.nn.functional.normalize(embeddings.double(), dim=1)
-    others = [index for index in range(len(unit)) if index != anchor]
-    distance = {index: float((unit[anchor] - unit[index]).norm()) for index in others}
-    low, high = min(distance.values()), max(distance.values())
-    scaled = {index: (value - low) / (high - low) for index, value in distance.items()}
-    ranked = torch.tensor(sorted(scaled.values()), dtype=torch.float64)
-    bounds = torch.quantile(ranked, torch.tensor([0.025, 0.975], dtype=torch.float64))
-    weight = {"random": lambda d: 1.0, "similar": lambda d: 1 - d, "dissimilar": lambda d: d}[sampling]
-    stated = {index: weight(value) for index, value in scaled.items()
-              if sampling == "random" or bounds[0] <= value <= bounds[1]}
-    chosen, valid = _sampled(embeddings, torch.full((draws,), anchor), 1, sampling)
-    assert valid.all() and set(chosen.flatten().tolist()) <= set(stated)
-    counts = torch.bincount(chosen.flatten(), minlength=60)
-    total = sum(stated.values())
-    result = chisquare([int(counts[index]) for index in stated], [draws * value / total for value in stated.values()])
-    assert result.pvalue > 1e-3
-    assert len(stated) == (59 if sampling == "random" else 55)  # 95 % of 59
-
-
-def test_negatives_are_distinct_never_the_positive_and_inside_the_interval():
-    embeddings, anchors = _embeddings(), torch.arange(60)
-    for sampling in ("similar", "dissimilar", "random"):
-        chosen, valid = _sampled(embeddings, anchors, 20, sampling)
-        assert valid.all() and chosen.shape == (60, 20)
-        assert not (chosen == anchors[:, None]).any()
-        assert all(len(set(row.tolist())) == 20 for row in chosen)
-    weights = sampling_weights(embeddings, anchors, "similar", 95.0)
-    assert ((weights > 0).sum(1) == 55).all() and (weights[anchors, anchors] == 0).all()
-
-
-def test_similar_draws_near_ones_and_dissimilar_far_ones():
-    embeddings, anchors = _embeddings(200), torch.arange(200)
-    unit = torch.nn.functional.normalize(embeddings, dim=1)
-    distance = torch.cdist(unit, unit)
-    mean = {sampling: float(distance.gather(1, _sampled(embeddings, anchors, 10, sampling)[0]).mean())
-            for sampling in ("similar", "random", "dissimilar")}
-    assert mean["similar"] < mean["random"] - 0.02 < mean["dissimilar"] - 0.04
-
-
-def test_too_few_candidates_are_marked():
-    chosen, valid = _sampled(_embeddings(3), torch.tensor([0]), 64, "random")
-    assert chosen.shape == (1, 3) and valid.sum() == 2
-    assert set(chosen[valid].tolist()) == {1, 2}
-
-
-def test_no_gradient_reaches_the_sampler():
-    embeddings = _embeddings().requires_grad_()
-    chosen, _ = _sampled(embeddings, torch.arange(60), 5, "similar")
-    assert not chosen.requires_grad
-    assert not sampling_weights(embeddings, torch.arange(60), "similar", 95.0).requires_grad
-
-
-# --- losses
 
 
 @pytest.mark.parametrize("fusion", ["early", "mid", "late"])
@@ -230,7 +156,8 @@ def test_what_is_predicted_is_what_was_hidden_in_that_row(modality):
     _, objectives, _ = _setup(batch=8)
     present = torch.ones(8, 5, dtype=torch.bool)
     present[3, 4] = False
-    draw = _drawn(objectives, present, present.clone())
+    draw = _drawn(objectives, present, present.clone(), step=1)
+    assert not draw.pairs.right.all()
     rows_own = torch.arange(8) if modality == 0 else draw.pairs.sound_of
     predicted = draw.predicted[modality]
     assert torch.equal(predicted.outputs, draw.masks[modality].flatten().nonzero()[:, 0])
@@ -238,12 +165,48 @@ def test_what_is_predicted_is_what_was_hidden_in_that_row(modality):
     assert torch.equal(draw.here[modality][predicted.targets], own)
 
 
+@pytest.mark.parametrize("fusion", ["early", "mid", "late"])
+def test_what_is_hidden_is_seen_nowhere_and_each_row_hears_its_own_sound(fusion):
+    """What stands in the hidden segments changes nothing; what a row has in the others is what it was given."""
+    model, objectives, inputs = _setup(fusion, batch=8)
+    model.eval()
+    embedded, *present = model.embed(*inputs)
+    draw = _drawn(objectives, *present, pairs=fusion != "late")
+    sound_of = draw.pairs.sound_of
+    assert (sound_of != torch.arange(8)).any() == (fusion != "late")
+    shown = _tokens(objectives, model, embedded, draw)
+    hidden = [mask[..., None] for mask in draw.masks]
+    of_clips = hidden[1][sound_of.argsort()]  # hidden[1] is of the sounds that rows get
+    other = embedded._replace(visual_local=embedded.visual_local.masked_fill(hidden[0], 9.0),
+                              audio_local=embedded.audio_local.masked_fill(of_clips, 9.0))
+    for one, again in zip(shown, _tokens(objectives, model, other, draw), strict=True):
+        assert one is again is None or torch.equal(one, again)
+    everything = torch.ones(1, 5, dtype=torch.bool)
+    for row, sound in enumerate(sound_of.tolist()):  # each row by itself
+        visual = torch.where(hidden[0][row], objectives.mask[0], embedded.visual_local[row])[None]
+        audio = torch.where(hidden[1][row], objectives.mask[1], embedded.audio_local[sound])[None]
+        for one, alone in zip(shown, model.contextualize(visual, audio, everything, everything), strict=True):
+            assert one is alone is None or torch.allclose(one[row], alone[0], atol=1e-5)
+
+
+def test_targets_learn_too():
+    """Through W_I the loss reaches the true segment's own embedding, though its output was made from a mask."""
+    model, objectives, inputs = _setup(batch=4, pair=0.0)
+    model.eval()
+    embedded, *present = model.embed(*inputs)
+    embedded = type(embedded)(*(tensor.detach().requires_grad_() for tensor in embedded))
+    draw = _drawn(objectives, *present, pairs=False)
+    objectives(model, embedded, draw, _all_read(embedded)).loss.backward()
+    for modality in (0, 1):
+        assert (embedded.local(modality).grad[draw.masks[modality]].abs().sum(1) > 0).all()
+
+
 @pytest.mark.parametrize("draws", [1, 3])
 def test_pairs_are_judged_at_every_time_that_is_seen_and_heard(draws):
     model, objectives, inputs = _setup(draws=draws, batch=6)
     model.eval()
-    inputs[2][0, 3:] = inputs[3][1, :2] = inputs[3][2] = False
-    inputs[2][4, 3:] = inputs[3][5, :2] = False
+    inputs[2][0, 3:] = inputs[3][1, :1] = inputs[3][2] = False  # three times, four, none
+    inputs[2][4, 3:] = inputs[3][5, :1] = False
     embedded, *present = model.embed(*inputs)
     draw = _drawn(objectives, *present)
     parts = objectives(model, embedded, draw, _all_read(embedded)).parts
@@ -275,6 +238,26 @@ def test_absent_segments_are_neither_predicted_nor_negatives():
     inputs[1][1] = 1e4
     again = _result(model, objectives, inputs)
     assert torch.equal(first.loss, again.loss) and torch.isfinite(first.loss)
+
+
+@pytest.mark.parametrize("fusion", ["mid", "late"])
+def test_a_clip_that_could_not_be_read_counts_for_nothing(fusion):
+    """Neither what stands in its place, nor what is predicted of it; the others' share stays what it was."""
+    model, objectives, inputs = _setup(fusion, sampling="random", negatives=29)
+    model.eval()
+    embedded, *present = model.embed(*inputs)
+    draw, read = _drawn(objectives, *present, pairs=fusion != "late"), torch.arange(6) != 2
+    found = []
+    for fill in (None, 0.0, 7.0):
+        here = embedded if fill is None else type(embedded)(*(
+            tensor.masked_fill(~read[:, None, None], fill) for tensor in embedded))
+        found.append(objectives(model, here, draw, read))
+    assert torch.equal(found[1].loss, found[0].loss) and torch.equal(found[2].loss, found[0].loss)
+    for one, again in zip(found[0].figures().items(), found[2].figures().items(), strict=True):
+        assert one == again
+    count = int(read[draw.predicted[0].clips].sum())
+    assert float(found[0].chances["mep_visual"]) == pytest.approx(
+        count / draw.counts.predicted[0] * math.log(25), rel=1e-5)  # of 30 candidates 5 are not there
 
 
 @pytest.mark.parametrize("case", ["sound alone", "pictures alone", "one clip", "nothing to predict"])

@@ -20,6 +20,7 @@ from small_eval import (
 
 from avtrain.data.manifest import rows_of, schema
 from avtrain.engine import Run
+from avtrain.models.avbert import AVBert
 from avtrain.run_folder import RunFolder, write_settings
 from avtrain.transfer.splits import held_out
 from avtrain.transfer.tasks import TASKS
@@ -235,16 +236,38 @@ def test_a_damaged_shard_is_one_line_from_workers_too(tree, checkpoint, tmp_path
 
 def test_embeddings_in_a_table(tree, checkpoint, tmp_path):
     folder = tree / "kinetics-sounds" / "test"
-    done = invoke("embed", "--checkpoint", checkpoint, "--shards", folder, "-o", tmp_path / "f.parquet", "--cache",
-                  tmp_path, "--device", "cpu")
+    (tmp_path / ".f.parquet.1.parquet").touch()
+    done = invoke("embed", "--checkpoint", checkpoint, "--shards", folder, "-o", tmp_path / "f.parquet", "--device",
+                  "cpu")
     assert done.exit_code == 0, done.output
-    rows = pq.read_table(tmp_path / "f.parquet").to_pylist()
+    assert "what a killed run had left of it is removed, and it is begun again" in done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["f.parquet"]
+    table = pq.read_table(tmp_path / "f.parquet")
+    assert all(table.schema.field(name).type == pa.list_(pa.float32(), 32) for name in ("visual", "multimodal"))
+    rows = table.to_pylist()
     assert f"{len(rows)} rows" in done.output
     long = sorted((row for row in rows if "long" in row["key"]), key=lambda row: row["time_s"])
     assert [row["time_s"] for row in long] == [2.0 * number for number in range(17)]
     assert all(row["labels"] == [0] and len(row["visual"]) == len(row["multimodal"]) == 32 for row in long)
     silent = [row for row in rows if "silent" in row["key"]]
     assert len(silent) == 6 and all(row["audio"] is None and row["visual"] is not None for row in silent)
+
+
+def test_embedding_that_is_stopped_leaves_nothing(tree, checkpoint, tmp_path, monkeypatch):
+    forward, left = AVBert.forward, [2]
+
+    def stopped(*arguments):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return forward(*arguments)
+
+    monkeypatch.setattr("avtrain.transfer.features._CLIPS_AT_ONCE", 2)
+    monkeypatch.setattr("avtrain.transfer.embeddings._ROWS_A_GROUP", 2)
+    monkeypatch.setattr(AVBert, "forward", stopped)
+    done = invoke("embed", "--checkpoint", checkpoint, "--shards", tree / "kinetics-sounds" / "test", "-o",
+                  tmp_path / "f.parquet", "--device", "cpu")
+    assert done.exit_code == 130 and not list(tmp_path.iterdir())
 
 
 def test_retrieval_finds_the_pitch_that_goes_with_a_colour(tree, checkpoint, tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from small_eval import NETWORK, QUICK, predictions_of, run_eval, settings
@@ -15,7 +16,9 @@ from avtrain.data.shards import open_folders
 from avtrain.errors import AvtrainError
 from avtrain.models.avbert import AVBert
 from avtrain.runtime import Runtime
+from avtrain.transfer.feature_file import mean_and_std
 from avtrain.transfer.finetune import Classifier, predict, task_loss
+from avtrain.transfer.probes import linear_scores
 from avtrain.transfer.protocols import protocol_for
 from avtrain.transfer.tasks import TASKS
 
@@ -100,6 +103,31 @@ def test_a_linear_classifiers_rate_falls_in_a_line(tree, tmp_path, adam):
     expected = _schedule(lambda one: torch.optim.lr_scheduler.LinearLR(one, 1.0, 0.0, steps), 0.003, steps)
     torch.testing.assert_close(torch.tensor(optimizer.rates)[:, 0], torch.tensor(expected))
     assert optimizer.param_groups[0]["weight_decay"] == 5e-6
+
+
+def test_a_probe_learns_from_what_is_not_held_out_scaled_by_that_alone(tree, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(train, targets, tests, *rest):
+        seen.append((train, targets(np.arange(len(train))), tests))
+        return linear_scores(train, targets, tests, *rest)
+
+    monkeypatch.setattr("avtrain.transfer.evaluate.linear_scores", spy)
+    done = run_eval(tree, tmp_path, "kinetics-sounds", "--protocol", "linear", "--validation", "0.3", *settings(QUICK))
+    assert done.exit_code == 0, done.output
+    [(train, targets, (test, validation))] = seen
+    rows = open_folders([str(tree / "kinetics-sounds" / "train")]).rows
+    assert not set(train.clips) & set(validation.clips) and set(train.clips) | set(validation.clips) == set(range(9))
+    assert len(train) == 2 * 6 and len(validation) == 3 * 3 * 3 and len(test) == 7 * 3 * 3 + 9
+    assert targets.tolist() == [rows[clip].labels[0] for clip in train.clips.tolist()]
+    scaled = train[:]
+    torch.testing.assert_close(scaled.mean(0), torch.zeros(train.channels), atol=1e-4, rtol=0)
+    varying = scaled.std(0, correction=0) > 0.5
+    assert varying.sum() > 10
+    mean, std = mean_and_std(train.scaled(None))
+    for other in (test, validation):
+        torch.testing.assert_close(other[:], (other.scaled(None)[:] - mean) / std)
+        assert (other[:].mean(0).abs() > 1e-3).any()
 
 
 def test_losses_of_two_heads_are_added(tree, tmp_path, monkeypatch):
