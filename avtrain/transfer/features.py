@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from avtrain.config import ClipConfig, DataConfig
+from avtrain.config import HOW_MADE, ClipConfig, DataConfig
 from avtrain.data.clips import ClipDataset
 from avtrain.data.loader import Batch, batches, readable
 from avtrain.data.order import at_epoch, batches_of, fixed_order
@@ -93,7 +93,7 @@ def frozen_features(model: AVBert, folder: ShardFolder, config: DataConfig, runt
             finite.
     """
     view = {field.name: getattr(config, field.name) for field in dataclasses.fields(ClipConfig)
-            if field.name != "workers"}  # how batches are made does not change them
+            if field.name not in HOW_MADE}
 
     def outputs(batch: Batch) -> dict[str, Tensor | None]:
         found = model(*batch.tensors(runtime.device))

@@ -156,6 +156,7 @@ def test_a_bad_step_is_skipped_by_a_run_of_an_earlier_version_too(tmp_path):
     for group in state["optimizer"]["param_groups"]:
         group["fused"] = None
     torch.save(state, path)
+    (path.parent / "checkpoint.json").unlink()
     experiment = _Experiment(tmp_path, bad_steps=[1])
     assert experiment.run.go_on(_Batches())
     experiment.train(max_steps=4)
@@ -183,20 +184,27 @@ def test_a_run_that_ends_with_losses_that_are_not_finite_has_a_checkpoint_or_fai
     never = _Experiment(tmp_path / "never", bad_steps=range(1, 100))
     with pytest.raises(AvtrainError, match=r"step 4: .* 4 times in a row.*none yet"):
         never.train(max_steps=4)
-    unsaved = _Experiment(tmp_path / "unsaved", bad_steps=[2])  # the first checkpoint would be that of step 3
-    with pytest.raises(AvtrainError, match=r"step 2: .* 1 times in a row.*none yet"):
-        unsaved.train(max_steps=2)
-    saved = _Experiment(tmp_path / "saved", bad_steps=[5])
-    saved.train(max_steps=5)
-    assert saved.run.folder.last_checkpoint().name == "step-000003" and saved.run.bad_steps == 1
-    resumed = _Experiment(tmp_path / "saved", bad_steps=range(1, 100))
-    resumed.run.go_on(_Batches())
-    resumed.train(max_steps=5)
-    assert resumed.run.folder.last_checkpoint().name == "step-000003" and resumed.run.bad_steps == 2
-    again = _Experiment(tmp_path / "saved")
+    assert not (tmp_path / "never" / "checkpoints").exists()
+    skipped = _Experiment(tmp_path / "skipped", bad_steps=[4, 5])
+    skipped.train(max_steps=3)
+    before = skipped.run.folder.load()["modules"]["network"]
+    skipped.train(max_steps=5)
+    assert skipped.run.folder.last_checkpoint().name == "step-000005" and skipped.run.bad_steps == 2
+    after = skipped.run.folder.load()["modules"]["network"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [line["step"] for line in skipped.run.folder.lines() if "held_out" in line] == [3, 5]
+    again = _Experiment(tmp_path / "skipped")
     again.run.go_on(_Batches())
-    again.train(max_steps=5)
-    assert again.run.folder.last_checkpoint().name == "step-000005" and again.run.bad_steps == 0
+    again.train(max_steps=6)
+    assert again.run.position.skipped_steps == 2 and again.run.bad_steps == 0
+
+
+def test_a_checkpoint_that_was_due_at_a_bad_step_comes_after_the_next_good_one(tmp_path):
+    experiment = _Experiment(tmp_path, replace(CONFIG, evaluate_every=50, log_every=50), bad_steps=[3, 4])
+    saved, save = [], experiment.run.save
+    experiment.run.save = lambda due=None: saved.append(experiment.run.position.step) or save(due)
+    experiment.train(max_steps=7)
+    assert saved == [5, 6, 7]
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
