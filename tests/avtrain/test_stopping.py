@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_engine import CONFIG, _Batch, _Batches, _Experiment, _losses
+from small_training import CONFIG, Batch, Batches, Experiment, losses_of
 from torch import nn
 
 from avtrain.engine import Run
@@ -24,15 +24,15 @@ def _send(number, after_s=0.3):
     threading.Timer(after_s, os.kill, (os.getpid(), number)).start()
 
 
-class _Slow(_Batches):
+class _Slow(Batches):
     """One batch takes a minute, or fails."""
 
     def __init__(self, at, befalls=lambda: time.sleep(60)):
         super().__init__()
         self.at, self.befalls = at, befalls
 
-    def starting_at(self, epoch, batch):
-        for number, one in enumerate(super().starting_at(epoch, batch)):
+    def starting_at(self, first):
+        for number, one in enumerate(super().starting_at(first)):
             if number == self.at:
                 self.befalls()
             yield one
@@ -42,14 +42,16 @@ def _fails():
     raise AvtrainError("broken data")
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("befalls", [lambda: time.sleep(60), _fails])
-def test_a_step_that_waits_for_data_is_undone_and_gone_on_with(tmp_path, accumulate, befalls):
+def test_a_step_that_waits_for_data_is_undone_and_gone_on_with(tmp_path, monkeypatch, parts, befalls):
     """With three parts, in its third: masks of dropout were drawn and BatchNorm's averages had moved."""
-    config = replace(CONFIG, batch_size=6, accumulate=accumulate, save_every=50)
-    _Experiment(tmp_path / "whole", config).train()
-    first = _Experiment(tmp_path / "parts", config)
-    first.batches = _Slow(8 * accumulate - 1, befalls)
+    monkeypatch.setattr(Batches, "parts", parts)
+    monkeypatch.setattr(Batches, "batch_size", 4 * parts)
+    config = replace(CONFIG, save_every=50)
+    Experiment(tmp_path / "whole", config).train()
+    first = Experiment(tmp_path / "parts", config)
+    first.batches = _Slow(8 * parts - 1, befalls)
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     began = time.monotonic()
     if befalls is _fails:
@@ -63,14 +65,14 @@ def test_a_step_that_waits_for_data_is_undone_and_gone_on_with(tmp_path, accumul
         assert str(stopped.value).startswith("stopped by SIGUSR1 at step 7: the same command goes on from ")
     assert time.monotonic() - began < 20 and first.run.folder.last_step() == 7
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
-    second = _Experiment(tmp_path / "parts", config)
-    second.run.go_on()
+    second = Experiment(tmp_path / "parts", config)
+    second.run.go_on(Batches())
     second.train()
-    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
+    assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole")
 
 
 def test_no_checkpoint_before_an_error_of_data_where_losses_are_not_finite(tmp_path):
-    experiment = _Experiment(tmp_path, bad_steps=[8])
+    experiment = Experiment(tmp_path, bad_steps=[8])
     experiment.batches = _Slow(8, _fails)
     with pytest.raises(AvtrainError, match="broken data"):
         experiment.train()
@@ -78,7 +80,7 @@ def test_no_checkpoint_before_an_error_of_data_where_losses_are_not_finite(tmp_p
 
 
 def test_a_signal_in_a_step_lets_it_end(tmp_path):
-    experiment = _Experiment(tmp_path)
+    experiment = Experiment(tmp_path)
     step = experiment.step
 
     def told(batch, part):
@@ -93,16 +95,16 @@ def test_a_signal_in_a_step_lets_it_end(tmp_path):
 
 
 def test_a_signal_in_an_evaluation_leaves_it_due(tmp_path):
-    _Experiment(tmp_path / "whole").train()
-    experiment, began = _Experiment(tmp_path / "run"), time.monotonic()
+    Experiment(tmp_path / "whole").train()
+    experiment, began = Experiment(tmp_path / "run"), time.monotonic()
     _send(signal.SIGINT, 1.0)
     with pytest.raises(Stopped) as stopped:
         experiment.run.train(experiment.step, experiment.batches, nullcontext, lambda: time.sleep(60))
     assert (stopped.value.step, stopped.value.exit_code) == (5, 130) and time.monotonic() - began < 20
-    again = _Experiment(tmp_path / "run")
-    again.run.go_on()
+    again = Experiment(tmp_path / "run")
+    again.run.go_on(Batches())
     again.train()
-    assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "whole")
     assert [line["step"] for line in again.run.folder.lines() if "held_out" in line] == [5, 10, 15, 20]
 
 
@@ -130,7 +132,7 @@ def test_what_is_ignored_stays_ignored():
 
 
 def test_training_works_beside_the_main_thread(tmp_path):
-    experiment, before = _Experiment(tmp_path), signal.getsignal(signal.SIGTERM)
+    experiment, before = Experiment(tmp_path), signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=experiment.train)
     thread.start()
     thread.join()
@@ -140,8 +142,8 @@ def test_training_works_beside_the_main_thread(tmp_path):
 def test_evaluation_and_checkpoint_are_done_when_the_time_is_up(tmp_path):
     config = replace(CONFIG, steps=10**6, log_every=10**5, evaluate_every=10**6, save_every=10**6)
     for number in range(2):  # the second call knows how long an evaluation took
-        experiment = _Experiment(tmp_path, config)
-        assert experiment.run.go_on() == bool(number)
+        experiment = Experiment(tmp_path, config)
+        assert experiment.run.go_on(Batches()) == bool(number)
         until = time.monotonic() + 4
         experiment.run.train(experiment.step, experiment.batches, nullcontext,
                              lambda: time.sleep(1.5) or {"held_out": 1.0}, until=until)
@@ -168,23 +170,23 @@ def test_the_scale_of_losses_is_halved_doubled_and_bounded():
     scale, one = LossScale(torch.device("cpu")), torch.ones(())
     assert scale.scaled(one) == 2**12
     for _ in range(1999):
-        scale.after(0 * one)
-    scale.after(one)  # begins to count anew
+        scale.after(one)
+    scale.after(one / 0)  # begins to count anew
     for _ in range(1999):
-        scale.after(0 * one)
+        scale.after(one)
     assert scale.scaled(one) == 2**11
     state = {name: tensor.clone() for name, tensor in scale.state().items()}
-    scale.after(0 * one)
+    scale.after(one)
     assert scale.scaled(one) == 2**12
     again = LossScale(torch.device("cpu"))
     again.load(state)
-    again.after(0 * one)
+    again.after(one)
     assert again.scaled(one) == 2**12
     for _ in range(50):
-        scale.after(one)
+        scale.after(one * float("nan"))
     assert scale.scaled(one) == 1
     for _ in range(2000 * 30):
-        scale.after(0 * one)
+        scale.after(one)
     assert scale.scaled(one) == 2**24
 
 
@@ -194,13 +196,13 @@ def _scaled(folder, scaled, steps=6, too_large=()):
     network = nn.Linear(8, 1)
     optimizer = torch.optim.AdamW(network.parameters(), 0.01, fused=True)
     run = Run(RunFolder(folder), {"network": network}, optimizer, replace(CONFIG, steps=steps), lambda to: None, scaled)
-    run.go_on()
+    run.go_on(Batches())
 
-    def step(batch: _Batch, part):
+    def step(batch: Batch, part):
         loss = network(batch.inputs).square().mean()
         return loss * (1e38 if run.position.step in too_large else 1), {}
 
-    run.train(step, _Batches(), nullcontext, None)
+    run.train(step, Batches(), nullcontext, None)
     return network.weight.detach().clone(), run
 
 
@@ -217,6 +219,6 @@ def test_gradients_that_are_too_large_skip_a_step_halve_the_scale_and_are_gone_o
     assert state["loss_scale"]["scale"] == 2**10 and run.position.skipped_steps == 2 and run.bad_steps == 0
     again = Run(RunFolder(tmp_path / "run"), run.modules, torch.optim.AdamW(
         run.modules["network"].parameters(), 0.01, fused=True), CONFIG, lambda to: None, True)
-    assert again.go_on()
+    assert again.go_on(Batches())
     again.save()
     assert again.folder.load()["loss_scale"]["scale"] == 2**10
