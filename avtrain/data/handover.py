@@ -183,12 +183,12 @@ class Packed(Dataset[Any]):
         (number, items), worker = numbered, get_worker_info().id  # type: ignore[union-attr]
         self._notes.write(worker, number, 0)
         try:
-            return _in_shared_memory(self._dataset.__getitems__(
+            content = _in_shared_memory(self._dataset.__getitems__(
                 items, lambda clip: self._notes.write(worker, number, clip)))
         except (AvtrainError, OSError) as error:
-            return pickle.dumps(error)
-        finally:
-            self._notes.write(worker, -1, -1)
+            content = pickle.dumps(error)
+        self._notes.write(worker, -1, -1)  # not where it is told to end, as one that hangs is: what it made is asked
+        return content
 
 
 def _in_shared_memory(batch: Any) -> bytes:
