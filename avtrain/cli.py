@@ -12,8 +12,16 @@ import click
 
 from avtrain import __version__
 from avtrain.errors import AvtrainError, Stopped, TaskFailed
-from avtrain.options import FILE, FOLDER, Commands, Number, going_on_options, runtime_options, set_option
-from avtrain.progress import say_past_bars
+from avtrain.options import (
+    FILE,
+    FOLDER,
+    Commands,
+    Number,
+    going_on_options,
+    runtime_options,
+    say_past_bars,
+    set_option,
+)
 
 if TYPE_CHECKING:
     from avtrain.config import Config

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +39,20 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("\ninterrupted", err=True)
             raise click.exceptions.Exit(130) from None
+
+
+class _PastBars(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(record.getMessage(), file=sys.stderr)
+
+
+def say_past_bars() -> None:
+    """From now on write what this package logs to stderr, a line each, and leave progress bars whole."""
+    log = logging.getLogger(__package__)
+    if not any(isinstance(handler, _PastBars) for handler in log.handlers):
+        log.addHandler(_PastBars())
 
 
 class Number(click.FloatRange):

@@ -1,8 +1,7 @@
-"""Progress bars that are lively on a terminal and sparse in a log file, and lines that are said beside them."""
+"""Progress bars that are lively on a terminal and sparse in a log file."""
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import Any
 
@@ -14,17 +13,3 @@ def bar_options() -> dict[str, Any]:
     first one has bars."""
     to_terminal = sys.stderr.isatty()
     return {"mininterval": 0.2 if to_terminal else 30.0, "dynamic_ncols": to_terminal, "disable": ranks.rank() > 0}
-
-
-class _PastBars(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        tqdm.write(record.getMessage(), file=sys.stderr)
-
-
-def say_past_bars() -> None:
-    """From now on write what this package logs to stderr, a line each, and leave progress bars whole."""
-    log = logging.getLogger(__package__)
-    if not any(isinstance(handler, _PastBars) for handler in log.handlers):
-        log.addHandler(_PastBars())

@@ -69,6 +69,8 @@ def test_a_step_that_waits_for_data_is_undone_and_gone_on_with(tmp_path, monkeyp
     second.run.go_on(Batches())
     second.train()
     assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole")
+    weights = [RunFolder(tmp_path / name).load()["modules"]["network"] for name in ("whole", "parts")]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
 def test_no_checkpoint_before_an_error_of_data_where_losses_are_not_finite(tmp_path):
