@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from avtrain import __version__
-from avtrain.errors import AvtrainError, TaskFailed
-from avtrain.options import FILE, FOLDER, Number, going_on_options, runtime_options, set_option, store_options
+from avtrain.errors import AvtrainError, Stopped, TaskFailed
+from avtrain.options import (
+    FILE,
+    FOLDER,
+    Commands,
+    Number,
+    going_on_options,
+    runtime_options,
+    say_past_bars,
+    set_option,
+    store_options,
+)
 
 if TYPE_CHECKING:
     from avtrain.config import Config
@@ -30,24 +41,7 @@ _SHARING = {
 _DEFAULT_RANK = 128
 
 
-class _Commands(click.Group):
-    """Turns what is meant for people into one line and an exit code."""
-
-    def invoke(self, context: click.Context) -> Any:
-        try:
-            return super().invoke(context)
-        except AvtrainError as error:
-            raise click.ClickException(str(error)) from error
-        except OSError as error:
-            if isinstance(error, BrokenPipeError):
-                raise
-            raise click.ClickException(f"{error.filename or 'system'}: {error.strerror or error}") from error
-        except KeyboardInterrupt:
-            click.echo("\ninterrupted", err=True)
-            raise click.exceptions.Exit(130) from None
-
-
-@click.group(cls=_Commands, context_settings=_CONTEXT)
+@click.group(cls=Commands, context_settings=_CONTEXT)
 @click.version_option(__version__)
 def main() -> None:
     """The parameter-efficient audio-visual Transformer: pretraining from shards, and transfer.
@@ -57,6 +51,8 @@ def main() -> None:
     # OpenMP's threads would spin while they wait for each other, on the cores that the loader's workers need. Read when
     # torch is first imported; a step of the tiny preset on two cores then takes 0.8 of the time.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    click.get_current_context().obj = time.monotonic()  # the start, for --max-time: what takes time is loaded later
+    say_past_bars()
 
 
 @main.command()
@@ -69,16 +65,17 @@ def main() -> None:
 def params(preset: str, fusion: str | None, share: str | None, rank: int | None, overrides: tuple[str, ...]) -> None:
     """Count parameters by part, and what sharing saves."""
     from avtrain.config import read_config
+    from avtrain.parameters import counted, unshared
 
     config = read_config(preset, [*overrides, *_shortcuts(read_config(preset, overrides), fusion, share, rank)])
-    counts = _count(config)
-    whole, unshared = sum(counts.values()), _count(_unshared(config))["Transformers"]
+    counts = counted(config)
+    whole, not_shared = sum(counts.values()), counted(unshared(config))["Transformers"]
     width = max(len(part) for part in counts)
     for part, count in [*counts.items(), ("whole", whole)]:
         click.echo(f"{part:<{width}}  {count:>12,}  {100 * count / whole:5.1f} %")
     shared = counts["Transformers"]
-    click.echo(f"\nTransformers: {shared:,} parameters, {100 * (1 - shared / unshared):.1f} % fewer than the "
-               f"{unshared:,} of the unshared model ({config.model.fusion} fusion)")
+    click.echo(f"\nTransformers: {shared:,} parameters, {100 * (1 - shared / not_shared):.1f} % fewer than the "
+               f"{not_shared:,} of the unshared model ({config.model.fusion} fusion)")
 
 
 def _shortcuts(config: Config, fusion: str | None, share: str | None, rank: int | None) -> list[str]:
@@ -97,28 +94,6 @@ def _shortcuts(config: Config, fusion: str | None, share: str | None, rank: int 
     return overrides
 
 
-def _unshared(config: Config) -> Config:
-    from dataclasses import replace
-
-    return replace(config, model=replace(config.model, share_layers=False, share_transformers=False, rank=None))
-
-
-def _count(config: Config) -> dict[str, int]:
-    import torch
-
-    from avtrain.models.avbert import AVBert
-
-    with torch.device("meta"):  # shapes without memory
-        model = AVBert(config.model)
-    parts = {"visual_cnn": "visual CNN", "audio_cnn": "audio CNN", "visual_projection": "projections and norms",
-             "visual_norm": "projections and norms", "audio_projection": "projections and norms",
-             "audio_norm": "projections and norms", "encoder": "Transformers"}
-    counts = dict.fromkeys([*parts.values(), "embeddings"], 0)
-    for name, parameter in model.named_parameters():
-        counts[parts.get(name.partition(".")[0], "embeddings")] += parameter.numel()
-    return counts
-
-
 @main.command()
 @click.option("--shards", multiple=True, default=["shards/demo"],
               help="Folder of a dataset or a split, or a split's address (s3://, https:// ...); may be repeated.")
@@ -130,11 +105,15 @@ def _count(config: Config) -> dict[str, int]:
               help="Folder of the run: checkpoints, metrics.jsonl, TensorBoard events.")
 @going_on_options
 @click.option("--max-steps", type=click.IntRange(1), help="Stop after this step, with a checkpoint.")
-@click.option("--max-time", type=Number(0.01), help="Stop after so many minutes, with a checkpoint.")
+@click.option("--max-time", type=Number(0.01),
+              help="Be done so many minutes after the start, evaluation and checkpoint included.")
+@click.option("--new-data", is_flag=True, help="Go on with other shards than before: an epoch begins on them.")
 @store_options
 @runtime_options("float64")
-def pretrain(shards: tuple[str, ...], test_shards: tuple[str, ...], preset: str, overrides: tuple[str, ...], out: Path,
-             force: bool, max_steps: int | None, max_time: float | None, device: str | None, precision: str) -> None:
+@click.pass_obj
+def pretrain(started: float, shards: tuple[str, ...], test_shards: tuple[str, ...], preset: str,
+             overrides: tuple[str, ...], out: Path, force: bool, max_steps: int | None, max_time: float | None,
+             new_data: bool, device: str | None, precision: str) -> None:
     """Pretrain a model from scratch on shards. Run again, a run that was stopped goes on to the same losses."""
     from avtrain import ranks
     from avtrain.config import read_config
@@ -152,8 +131,9 @@ def pretrain(shards: tuple[str, ...], test_shards: tuple[str, ...], preset: str,
     runtime = choose_runtime(device, precision)
     try:
         ranks.begin(runtime.device)
-        run = run_pretraining(config, train, test, out, runtime, force, max_steps, 60 * max_time if max_time else None)
-    except KeyboardInterrupt:
+        run = run_pretraining(config, train, test, out, runtime, force, max_steps,
+                              started + 60 * max_time if max_time else None, new_data)
+    except Stopped:
         if ranks.rank() == 0 and RunFolder(out).lines():
             write_report(out)
         raise
@@ -161,7 +141,9 @@ def pretrain(shards: tuple[str, ...], test_shards: tuple[str, ...], preset: str,
     ranks.end()
     if not first:
         return
-    if run.made == 0:
+    if run.folder.last_checkpoint() is None:
+        raise AvtrainError(f"--max-time {max_time}: there was no time for a step, an evaluation and a checkpoint")
+    if run.was_there:
         click.echo(f"{out} is at step {run.step} already: nothing is left to do (--force begins anew)")
     page = out / PAGE
     if run.made or not is_current(out):
@@ -169,7 +151,8 @@ def pretrain(shards: tuple[str, ...], test_shards: tuple[str, ...], preset: str,
     click.echo(f"step {run.step} of {config.training.steps}: {run.folder.last_checkpoint()}/model.safetensors, "
                f"{out}/metrics.jsonl, {page}")
     if run.bad_steps:
-        click.echo(f"the losses of the last {run.bad_steps} steps were not finite; the checkpoint is from before them")
+        click.echo(f"the losses of the last {run.bad_steps} steps were not finite; the checkpoint has the weights from "
+                   "before them")
     for line in held_out_text(run.folder.last_figures()):
         click.echo(line)
 

@@ -33,6 +33,8 @@ else:
 
 PRESET_FOLDER = Path(__file__).parent / "presets"
 Modality = Literal["visual", "audio", "both"]
+HOW_MADE = ("workers", "timeout_s")  # fields of `data` that say how batches are made, and change none
+WHEN_LOOKED_AT = ("log_every", "evaluate_every", "save_every", "save_minutes", "keep")  # of `training`, likewise
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class ViewConfig:
     first in evaluation."""
     workers: Whole = 2
     """Processes that make batches; 0: none beside the training's own."""
+    timeout_s: Positive = 900.0
+    """A worker whose batch is waited for that long hangs: it is replaced once, then the run ends."""
 
     def __post_init__(self) -> None:
         check_fields(self, "data")
@@ -208,9 +212,11 @@ class TrainingConfig:
     log_every: Count = 10
     """Steps between lines of metrics; a line has the figures of its own step."""
     evaluate_every: Count = 5000
-    """Steps between evaluations on held-out clips."""
+    """Steps between evaluations on held-out clips, each after a checkpoint."""
     save_every: Count = 1000
     """Steps between checkpoints."""
+    save_minutes: Amount = 30.0
+    """A checkpoint at least that often, in minutes; 0: only by steps."""
     keep: Count = 3
     """Checkpoints that are kept, the last ones."""
     seed: Annotated[int, Range(at_least=0, under=2**32)] = 0

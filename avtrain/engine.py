@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,11 +18,15 @@ from tqdm import tqdm
 
 from avtrain import ranks
 from avtrain.config import TrainingConfig
-from avtrain.errors import AvtrainError
+from avtrain.errors import AvtrainError, Stopped
+from avtrain.finite_steps import FiniteSteps, LossScale
 from avtrain.progress import bar_options
-from avtrain.run_folder import RunFolder
+from avtrain.run_folder import Line, RunFolder
+from avtrain.saved_state import NotSaved
+from avtrain.stopping import Interrupted, Stopping, Took
 
 _MOST_BAD_STEPS = 10
+_LOG = logging.getLogger(__name__)
 
 
 class Batches(Protocol):
@@ -46,6 +51,7 @@ class Batches(Protocol):
 # (part of a batch, its number) -> (its share of the loss; of the figures to log, scalars on the device): the shares of
 # all parts and processes add up. Called with gradients on, inside autocast.
 Step = Callable[[Any, int], tuple[Tensor, dict[str, Tensor]]]
+Evaluate = Callable[[], dict[str, float]]
 
 
 @dataclass
@@ -67,82 +73,167 @@ class Run:
             that share of the learning rate.
         config: schedule, intervals, clipping.
         save_weights: writes what others use of a checkpoint (the model's own file) into its folder.
+        scaled: losses are scaled, as float16 needs it.
 
     Raises:
         ValueError: the optimiser is not a fused one.
     """
 
     def __init__(self, folder: RunFolder, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer,
-                 config: TrainingConfig, save_weights: Callable[[Path], None]) -> None:
+                 config: TrainingConfig, save_weights: Callable[[Path], None], scaled: bool = False) -> None:
         if not all(group.get("fused") for group in optimizer.param_groups):
             raise ValueError("a fused optimiser is wanted: others would take steps that are not finite")
         self.folder, self.modules, self.config = folder, modules, config
         self.position = Position()
         self.bad_steps = 0  # the last ones, in a row, that were not finite
         self._optimizer, self._save_weights = optimizer, save_weights
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._scale = LossScale(self._parameters[0].device) if scaled else None
+        self._data: dict[str, Any] = {}  # what the position's clips are counted in
+        self._took = Took("save", "evaluation")
+        self._saved_at = time.monotonic()
+        self._late = False  # a checkpoint that waits for a finite step
+        self._not_saved: NotSaved | None = None
 
-    def train(self, step: Step, batches: Batches, autocast: Callable[[], Any],
-              evaluate: Callable[[], dict[str, float]], max_steps: int | None = None,
-              max_time_s: float | None = None) -> None:
-        """Train until the schedule's end, `max_steps`, or `max_time_s` of this call; evaluates and saves at the end.
+    def train(self, step: Step, batches: Batches, autocast: Callable[[], Any], evaluate: Evaluate | None,
+              max_steps: int | None = None, until: float | None = None) -> None:
+        """Train until the schedule's end, `max_steps`, or so that all is done at `until` (of `time.monotonic`); saves
+        and evaluates at the end. An evaluation that the last checkpoint lacks is made up first.
 
         Nothing is done where the run is there already.
 
         Raises:
-            AvtrainError: the loss was not finite ten times in a row, or at the end, without a
-                checkpoint from before.
+            Stopped: a signal came; a checkpoint was written after the step under way, or before it where it still
+                waited for data.
+            AvtrainError: the loss was not finite ten times in a row, or at the end, without a checkpoint from before;
+                the last checkpoint can't be written; or of the data, after a checkpoint.
         """
         from torch.utils.tensorboard.writer import SummaryWriter  # seconds at first import
 
         end = last_step(self.config, max_steps)
-        if self.position.step >= end:
+        if self.position.step >= end and self.folder.due() is None:
             return
-        first = ranks.rank() == 0  # it alone writes
+        first = ranks.rank() == 0  # it alone writes and evaluates
         if self.position.step == 0 and first:
             self.folder.begin()
-        started, self.bad_steps = time.monotonic(), 0
-        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        finite = FiniteSteps(list(self.modules.values()), parameters[0].device)
-        supply, span = batches.starting_at(self.position.clips), _Span()
-        with (SummaryWriter(str(self.folder.tensorboard), purge_step=self.position.step + 1) if first
+        self.bad_steps, self._saved_at = 0, time.monotonic()
+        if evaluate is None:
+            self._took.last["evaluation"] = 0.0
+        finite = FiniteSteps(list(self.modules.values()), self._parameters[0].device)
+        with (Stopping(until) as stop, closing(stop.supply(batches.starting_at(self.position.clips))) as supply,
+              SummaryWriter(str(self.folder.tensorboard), purge_step=self.position.step + 1) if first
               else nullcontext() as writer,
               tqdm(initial=self.position.step, total=end, desc="train", unit="step", **bar_options()) as bar):
-            while self.position.step < end and not (max_time_s and time.monotonic() - started >= max_time_s):
-                rate = learning_rate(self.position.step, self.config)
-                for group in self._optimizer.param_groups:
-                    group["lr"] = rate * group.get("rate_scale", 1.0)
-                figures = self._accumulate(step, supply, batches.parts, autocast, span)
-                norm = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm or math.inf)
-                self._optimizer.found_inf = finite.after(figures["loss"], norm)  # type: ignore[attr-defined]
-                self._optimizer.step()
-                self._optimizer.zero_grad(set_to_none=not self.config.cuda_graphs)
-                self.position.step += 1
-                self.position.clips += batches.batch_size
-                bar.update()
-                intervals = (self.config.log_every, self.config.evaluate_every, self.config.save_every)
-                logs, evaluates, saves = (self.position.step == end or self.position.step % interval == 0
-                                          for interval in intervals)
-                if not (logs or evaluates or saves):
-                    continue  # the device isn't waited for
-                self._read(finite)
-                if self.bad_steps >= _MOST_BAD_STEPS:
-                    raise self._diverged()
-                if logs or evaluates:
-                    line = {name: float(value) for name, value in figures.items()}
-                    line |= {"epoch": self.position.clips // len(batches), "learning_rate": rate,
-                             "gradient_norm": float(norm), **span.figures(), "memory_mib": _memory_mib(),
-                             "skipped_steps": self.position.skipped_steps}
-                    if first:
-                        self._log(line | (evaluate() if evaluates else {}), writer)
-                    bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
-                    span = _Span()
-                if saves and self.bad_steps == 0:
-                    self.save()
+            if (line := self.folder.due()) is not None and first:
+                self._log_evaluated(line, evaluate, stop, writer)
+            try:
+                self._train(step, supply, batches, autocast, evaluate, finite, stop, end, writer, bar)
+            except Interrupted:
+                pass  # the step is undone
             self._read(finite)
-            if self.bad_steps == 0 and self.folder.last_step() != self.position.step:
-                self.save()
+            if self.folder.last_step() != self.position.step:
+                self._save()
+        if self._not_saved:
+            raise self._not_saved
+        if stop.asked is not None:
+            raise Stopped(stop.asked, self.position.step, self.folder.last_checkpoint())
         if self.bad_steps and self.folder.last_checkpoint() is None:
             raise self._diverged()
+
+    def _train(self, step: Step, supply: Iterator[Any], batches: Batches, autocast: Callable[[], Any],
+               evaluate: Evaluate | None, finite: FiniteSteps, stop: Stopping, end: int, writer: Any,
+               bar: Any) -> None:
+        """The loop."""
+        first, span, ends = ranks.rank() == 0, _Span(), stop.is_time(self._took)
+        while self.position.step < end and not ends and not stop.all_stop():
+            with self._took.step():
+                rate, figures, norm = self._step(step, supply, batches, autocast, span, finite)
+            bar.update()
+            ends = self.position.step == end or stop.is_time(self._took)
+            intervals = (self.config.log_every, self.config.evaluate_every, self.config.save_every)
+            logs, evaluates, saves = (ends or self.position.step % interval == 0 for interval in intervals)
+            saves = saves or evaluates and evaluate is not None or self._late or self._is_long_ago()
+            if not (logs or evaluates or saves):
+                continue  # the device isn't waited for
+            self._read(finite)
+            if self.bad_steps >= _MOST_BAD_STEPS:
+                raise self._diverged()
+            line = {name: float(value) for name, value in figures.items()}
+            line |= {"epoch": self.position.clips // len(batches), "learning_rate": rate,
+                     "gradient_norm": float(norm), **span.figures(), "memory_mib": _memory_mib(),
+                     "skipped_steps": self.position.skipped_steps}
+            self._late = saves and self.bad_steps > 0 and not ends
+            if saves and not self._late:
+                self._save(line if evaluates else None)
+            if logs or evaluates:
+                if first:
+                    self._log_evaluated(line, evaluate if evaluates else None, stop, writer)
+                bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
+                span = _Span()
+
+    def _step(self, step: Step, supply: Iterator[Any], batches: Batches, autocast: Callable[[], Any], span: _Span,
+              finite: FiniteSteps) -> tuple[float, dict[str, Tensor], Tensor]:
+        """One optimiser step: (learning rate, figures, gradient's norm). Without all of its data nothing is changed.
+
+        Raises:
+            Interrupted: a signal came while data were waited for.
+            AvtrainError, OSError: of the data, after a checkpoint.
+        """
+        random = _random_states(self._parameters[0].device)
+        rate = learning_rate(self.position.step, self.config)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate * group.get("rate_scale", 1.0)
+        try:
+            figures = self._accumulate(step, supply, batches.parts, autocast, span)
+        except (Interrupted, AvtrainError, OSError) as error:
+            _set_random_states(self._parameters[0].device, *random)
+            finite.take_back()
+            self._optimizer.zero_grad(set_to_none=not self.config.cuda_graphs)
+            if not isinstance(error, Interrupted):
+                self._read(finite)
+                if self.bad_steps == 0 and self.folder.last_step() != self.position.step:
+                    self._save()
+            raise
+        if self._scale:
+            self._scale.unscale(self._parameters)
+        norm = nn.utils.clip_grad_norm_(self._parameters, self.config.clip_norm or math.inf)
+        self._optimizer.found_inf = finite.after(figures["loss"], norm)  # type: ignore[attr-defined]
+        self._optimizer.step()
+        if self._scale:
+            self._scale.after(norm)
+        self._optimizer.zero_grad(set_to_none=not self.config.cuda_graphs)
+        self.position.step += 1
+        self.position.clips += batches.batch_size
+        return rate, figures, norm
+
+    def _log_evaluated(self, line: Line, evaluate: Evaluate | None, stop: Stopping, writer: Any) -> None:
+        """Log a line, with the figures on held-out clips; none where a signal comes meanwhile: the last checkpoint
+        knows that it is due."""
+        if evaluate is not None:
+            try:
+                with stop.interruptible(), self._took.measured("evaluation"):
+                    line = line | evaluate()
+            except Interrupted:
+                return
+            line |= {"evaluation_s": self._took.last["evaluation"]}
+        self._log(line, writer)
+
+    def _is_long_ago(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        return 0 < 60 * self.config.save_minutes <= time.monotonic() - self._saved_at
+
+    def _save(self, due: Line | None = None) -> None:
+        """Write a checkpoint, if any step was finite; where it can't be written, say so: the next one may be."""
+        self._saved_at = time.monotonic()
+        if self.position.skipped_steps >= self.position.step:
+            return
+        try:
+            with self._took.measured("save"):
+                self.save(due)
+            self._not_saved = None
+        except NotSaved as error:
+            self._not_saved = error
+            _LOG.warning("step %d: %s; it is tried again with the next checkpoint", self.position.step, error)
 
     def _read(self, steps: FiniteSteps) -> None:
         """Learn from the device how many steps were not finite."""
@@ -166,7 +257,7 @@ class Run:
             with autocast():
                 loss, figures = step(batch, part)
             # Averaged over the processes, where their shares are to be added up.
-            (loss * ranks.ranks()).backward()
+            ((self._scale.scaled(loss) if self._scale else loss) * ranks.ranks()).backward()
             for name, value in {"loss": loss.detach(), **figures}.items():
                 total[name] = total[name] + value if name in total else value
         of_all = ranks.summed(torch.stack([value.detach() for value in total.values()]))
@@ -177,28 +268,42 @@ class Run:
         for name, value in figures.items():
             writer.add_scalar(name, value, self.position.step)
 
-    def save(self) -> None:
-        """Write a checkpoint, whole or not at all, and delete the oldest ones; the first process does."""
+    def save(self, due: Line | None = None) -> None:
+        """Write a checkpoint, whole or not at all, and delete the oldest ones; the first process does.
+
+        Args:
+            due: the line of metrics of this step that still lacks its evaluation.
+
+        Raises:
+            NotSaved: it can't be written.
+        """
         if ranks.rank():
             return
         state = {"modules": {name: module.state_dict() for name, module in self.modules.items()},
-                 "optimizer": self._optimizer.state_dict(), "position": vars(self.position),
-                 "torch_random": torch.get_rng_state(), "cuda_random": torch.cuda.get_rng_state_all()}
-        self.folder.save(self.position.step, state, self._save_weights, self.config.keep)
+                 "optimizer": self._optimizer.state_dict(), "position": vars(self.position), "data": self._data,
+                 "torch_random": torch.get_rng_state(), "cuda_random": torch.cuda.get_rng_state_all(),
+                 "save_s": self._took.last["save"]}
+        if self._scale:
+            state["loss_scale"] = self._scale.state()
+        due = None if due is None else {"step": self.position.step, **due}
+        self.folder.save(self.position.step, state, self._save_weights, self.config.keep, due)
 
-    def go_on(self, batches: Batches) -> bool:
+    def go_on(self, batches: Batches, data: str = "", data_before: str = "") -> bool:
         """Go back to the last checkpoint: weights, optimiser, position, all random states; later metrics are dropped.
 
         Args:
             batches: that the run goes on with.
+            data: their fingerprint. If the checkpoint's is another one, an epoch begins.
+            data_before: what that was, if the checkpoint does not say so itself.
 
         Returns:
             Whether there was one.
 
         Raises:
-            AvtrainError: it is of another model, or damaged.
+            AvtrainError: it is of another model; or all are damaged.
         """
-        state = self.folder.load()
+        self._data = {"fingerprint": data, "clips": len(batches)}
+        state = self.folder.load(set_aside=ranks.rank() == 0)
         if state is None:
             return False
         try:
@@ -212,12 +317,29 @@ class Run:
             raise AvtrainError(f"{self.folder.last_checkpoint()} is of a run with other settings: {reason}; --force "
                                "begins anew") from error
         self.position = _position_of(state["position"], batches)
+        before = state.get("data") or {"fingerprint": data_before or data, "clips": len(batches)}
+        if before["fingerprint"] != data:
+            self.position.clips = -(-self.position.clips // before["clips"]) * len(batches)
+        if self._scale and "loss_scale" in state:
+            self._scale.load(state["loss_scale"])
+        lasted = (line["evaluation_s"] for line in reversed(self.folder.lines()) if "evaluation_s" in line)
+        self._took.last = {"save": state.get("save_s"), "evaluation": next(lasted, None)}
         torch.set_rng_state(state["torch_random"])
         if state["cuda_random"]:
             torch.cuda.set_rng_state_all(state["cuda_random"])
         if ranks.rank() == 0:
             self.folder.drop_lines_after(self.position.step)
         return True
+
+
+def _random_states(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_states(device: torch.device, of_torch: Tensor, of_cuda: Tensor | None) -> None:
+    torch.set_rng_state(of_torch)
+    if of_cuda is not None:
+        torch.cuda.set_rng_state(of_cuda, device)
 
 
 def _position_of(saved: dict[str, int], batches: Batches) -> Position:
@@ -227,48 +349,6 @@ def _position_of(saved: dict[str, int], batches: Batches) -> Position:
     size = batches.batch_size // batches.parts
     clips = saved["epoch"] * len(batches) + min(len(batches), saved["batch"] * size)
     return Position(saved["step"], clips, saved["skipped_steps"])
-
-
-class FiniteSteps:
-    """What the device knows of the steps: whether they were finite, and the buffers as of the last that was.
-
-    Only `read` waits for the device. What is not finite goes into BatchNorm's averages too, and would stay there.
-
-    Args:
-        modules: whose buffers are kept.
-        device: of the loss.
-    """
-
-    def __init__(self, modules: list[nn.Module], device: torch.device) -> None:
-        self._in_a_row, self._skipped = torch.zeros((), device=device), torch.zeros((), device=device)
-        of_type: dict[torch.dtype, list[Tensor]] = {}
-        for buffer in (buffer for module in modules for buffer in module.buffers()):
-            of_type.setdefault(buffer.dtype, []).append(buffer)
-        self._buffers = [(buffers, _joined(buffers)) for buffers in of_type.values()]
-
-    @torch.no_grad()
-    def after(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Count the step; where it was not finite, take the buffers back. 1 if it is to be skipped, else 0: where it
-        was not finite, or where no gradient came, as of clips that can't be read."""
-        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-        for buffers, good in self._buffers:
-            good.copy_(torch.where(bad, good, _joined(buffers)))
-            parts = good.split([buffer.numel() for buffer in buffers])
-            torch._foreach_copy_(buffers, [part.view_as(one) for part, one in zip(parts, buffers, strict=True)])
-        self._in_a_row = (self._in_a_row + 1) * bad
-        skipped = bad | (norm == 0)
-        self._skipped = self._skipped + skipped
-        return skipped.float()
-
-    def read(self) -> tuple[int, int]:
-        """(the last steps in a row that were not finite, all that were skipped since it was read before)."""
-        found = int(self._in_a_row), int(self._skipped)
-        self._skipped = torch.zeros_like(self._skipped)
-        return found
-
-
-def _joined(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 class _Span:

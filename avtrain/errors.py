@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 _MOST_LISTED = 20
 
@@ -45,6 +47,29 @@ class TooManyUnreadable(AvtrainError):
         listed = "\n  ".join(map(str, sorted(self.clips)[:_MOST_LISTED]))
         return (f"{len(self.clips)} clips can't be decoded, more than 1 % of the data: run `avprep verify` and build "
                 f"the shards again.\n  {listed}")
+
+
+class Stopped(Exception):
+    """A run that was told by a signal to stop, and did so with its state saved. No error: it can go on.
+
+    Args:
+        number: of the signal.
+        step: that the run is at.
+        checkpoint: that it goes on from; None: there is none yet.
+    """
+
+    def __init__(self, number: int, step: int, checkpoint: Path | None) -> None:
+        super().__init__(number, step, checkpoint)
+        self.number, self.step, self.checkpoint = number, step, checkpoint
+
+    @property
+    def exit_code(self) -> int:
+        """As shells have it; 0 for SIGUSR1, by which a scheduler asks politely."""
+        return 0 if self.number == signal.SIGUSR1 else 128 + self.number
+
+    def __str__(self) -> str:
+        again = f"goes on from {self.checkpoint}" if self.checkpoint else "begins again, for nothing was saved yet"
+        return f"stopped by {signal.Signals(self.number).name} at step {self.step}: the same command {again}"
 
 
 class TaskFailed(AvtrainError):

@@ -1,18 +1,59 @@
-"""Options that several commands of `avtrain` share."""
+"""What the commands of `avtrain` share: options, and how they end."""
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from avtrain.errors import AvtrainError, Stopped
+
 FILE = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class Commands(click.Group):
+    """Turns what is meant for people into one line and an exit code."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except AvtrainError as error:
+            raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise click.ClickException(f"{error.filename or 'system'}: {error.strerror or error}") from error
+        except Stopped as stopped:
+            from avtrain import ranks  # torch
+
+            if ranks.rank() == 0:
+                click.echo(str(stopped))
+            raise click.exceptions.Exit(stopped.exit_code) from None
+        except KeyboardInterrupt:
+            click.echo("\ninterrupted", err=True)
+            raise click.exceptions.Exit(130) from None
+
+
+class _PastBars(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(record.getMessage(), file=sys.stderr)
+
+
+def say_past_bars() -> None:
+    """From now on write what this package logs to stderr, a line each, and leave progress bars whole."""
+    log = logging.getLogger(__package__)
+    if not any(isinstance(handler, _PastBars) for handler in log.handlers):
+        log.addHandler(_PastBars())
 
 
 class Number(click.FloatRange):
@@ -34,8 +75,9 @@ def set_option(command: str, help_text: str, metavar: str = "SECTION.FIELD=VALUE
 def runtime_options(*more: str) -> Callable[[_Command], _Command]:
     """--device and --precision, which may be one of these more."""
     def added(command: _Command) -> _Command:
-        precision = click.option("--precision", type=click.Choice(["auto", "bfloat16", "float32", *more]),
-                                 default="auto", help="auto: bfloat16 where the hardware has it.")
+        precision = click.option("--precision", type=click.Choice(["auto", "bfloat16", "float16", "float32", *more]),
+                                 default="auto", help="auto: bfloat16 where the hardware has it; float16 (in training "
+                                 "with scaled losses) on GPUs that only emulate it, such as V100 and T4; else float32.")
         device = click.option("--device", help="Such as cpu or cuda:0.  [default: a GPU if there is one]")
         return device(precision(command))
 

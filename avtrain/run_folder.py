@@ -6,25 +6,24 @@ The same command again goes on with what is in its folder; with other settings i
 from __future__ import annotations
 
 import json
-import os
-import pickle
+import logging
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from avtrain.errors import AvtrainError
 from avtrain.files import written_whole
+from avtrain.saved_state import Damaged, NotSaved, due_of, has_all, read_state, write_checkpoint
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.json"  # of pretraining: all its settings
-_STATE = "training.pt"
 _MOST_NAMED = 4  # differences that an error shows
 _LONGEST_SHOWN = 60  # characters of a value
 
 Line = dict[str, Any]
+_LOG = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -83,7 +82,14 @@ class RunFolder:
         checkpoint = self.last_checkpoint()
         return _step_of(checkpoint) if checkpoint else 0
 
-    def save(self, step: int, state: Mapping[str, Any], save_weights: Callable[[Path], None], keep: int) -> Path:
+    def due(self) -> Line | None:
+        """The line of metrics of the newest whole checkpoint that still lacks its evaluation; None if none does."""
+        checkpoint = self.last_checkpoint()
+        line = due_of(checkpoint) if checkpoint else None
+        return None if line is None or any(one["step"] == self.last_step() for one in self.lines()) else line
+
+    def save(self, step: int, state: Mapping[str, Any], save_weights: Callable[[Path], None], keep: int,
+             due: Line | None = None) -> Path:
         """Write a checkpoint, whole or not at all, and delete the oldest ones.
 
         Args:
@@ -91,37 +97,52 @@ class RunFolder:
             state: what `load` gives back.
             save_weights: writes what others use of the checkpoint into its folder.
             keep: so many checkpoints stay.
+            due: what `due` gives back until a line of this step is logged.
+
+        Raises:
+            NotSaved: it could not be written; the part that was is deleted.
         """
         folder = self._checkpoints / f"step-{step:06d}"
-        part = _part_of(folder)
+        part = _with(folder, ".part")
         self._delete_parts()
-        part.mkdir(parents=True)
-        save_weights(part)
-        with (part / _STATE).open("wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+        try:
+            write_checkpoint(part, state, save_weights, due)
+            if folder.exists():
+                _delete_checkpoint(folder, ".old.part")
+            part.rename(folder)
+        except NotSaved:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
         for old in self._whole_checkpoints()[:-keep]:
             _delete_checkpoint(old)
         return folder
 
-    def load(self) -> dict[str, Any] | None:
-        """The state of the newest whole checkpoint, on the CPU; None if there is none.
+    def load(self, set_aside: bool = True) -> dict[str, Any] | None:
+        """The state of the newest checkpoint that can be read, on the CPU; None if there is none.
+
+        Args:
+            set_aside: rename newer ones, which are damaged, and say so: of several processes, one does.
 
         Raises:
-            AvtrainError: it can't be read.
+            AvtrainError: all that there are, are damaged.
         """
-        folder = self.last_checkpoint()
-        if folder is None:
-            return None
-        try:
-            state: dict[str, Any] = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise AvtrainError(f"{folder / _STATE} is damaged: delete {folder}, and the run goes on from the "
-                               "checkpoint before it") from error
-        return state
+        damaged: list[tuple[Path, Damaged]] = []
+        for folder in reversed(self._found_checkpoints()):
+            try:
+                state = read_state(folder)
+            except Damaged as error:
+                damaged.append((folder, error))
+                continue
+            for one, reason in damaged if set_aside else ():
+                aside = _with(one, ".damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                one.rename(aside)
+                _LOG.warning("%s is damaged (%s): set aside, the run goes on from %s", one, reason, folder.name)
+            return state
+        if damaged:
+            raise AvtrainError(f"{damaged[0][0]} is damaged ({damaged[0][1]}), and there is no whole checkpoint before "
+                               "it: --force begins anew")
+        return None
 
     def begin(self) -> None:
         """Delete what a run leaves that was stopped before its first whole checkpoint."""
@@ -130,8 +151,10 @@ class RunFolder:
 
     def clear(self) -> None:
         """Delete all that a run wrote, and nothing else."""
-        for folder in self._whole_checkpoints():
+        for folder in self._found_checkpoints():
             _delete_checkpoint(folder)
+        for folder in self._checkpoints.glob("step-*.damaged"):
+            shutil.rmtree(folder)
         self.begin()
         delete(self.tensorboard.glob("events.out.tfevents.*"))
         for emptied in (self._checkpoints, self.tensorboard):
@@ -140,14 +163,19 @@ class RunFolder:
 
     def _delete_parts(self) -> None:
         for part in self._checkpoints.glob("step-*.part"):
-            shutil.rmtree(part)
+            shutil.rmtree(part, ignore_errors=True)  # what stays, as files in use do on NFS, is tried again
 
     def _text(self) -> str:
         return self._metrics.read_text(encoding="utf-8", errors="replace") if self._metrics.is_file() else ""
 
+    def _found_checkpoints(self) -> list[Path]:
+        """All under their final names, the oldest first."""
+        return sorted((path for path in self._checkpoints.glob("step-*") if re.fullmatch(r"step-\d+", path.name)),
+                      key=_step_of)
+
     def _whole_checkpoints(self) -> list[Path]:
-        return sorted((path for path in self._checkpoints.glob("step-*")
-                       if path.suffix != ".part" and (path / _STATE).is_file()), key=_step_of)
+        """Those whose files are all there, in full length; what they hold is only looked at when one is read."""
+        return [path for path in self._found_checkpoints() if has_all(path)]
 
 
 def newest_weights(root: Path) -> Path | None:
@@ -228,12 +256,12 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def _part_of(checkpoint: Path) -> Path:
-    return checkpoint.with_name(checkpoint.name + ".part")
+def _with(checkpoint: Path, ending: str) -> Path:
+    return checkpoint.with_name(checkpoint.name + ending)
 
 
-def _delete_checkpoint(folder: Path) -> None:
+def _delete_checkpoint(folder: Path, ending: str = ".part") -> None:
     """Under another name first: one that is half deleted is never taken for a whole one."""
-    part = _part_of(folder)
+    part = _with(folder, ending)
     folder.rename(part)
-    shutil.rmtree(part)
+    shutil.rmtree(part, ignore_errors=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from avtrain import ranks
 from avtrain.errors import AvtrainError, in_a_line
 
-PRECISIONS = ("auto", "bfloat16", "float32", "float64")
+PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": None, "float64": None}
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,11 @@ class Runtime:
     autocast_dtype: torch.dtype | None
     dtype: torch.dtype = torch.float32
 
+    @property
+    def scaled(self) -> bool:
+        """Whether losses are scaled in training: small gradients would vanish in float16."""
+        return self.autocast_dtype == torch.float16
+
     def autocast(self) -> AbstractContextManager[object]:
         """The context that forward passes run in."""
         if self.autocast_dtype is None:
@@ -32,8 +37,8 @@ class Runtime:
 
 
 def choose_runtime(device: str | None, precision: str) -> Runtime:
-    """The device (None: a GPU if there is one; of several processes, each one its own) and precision (auto: bfloat16
-    where the hardware has it; float64 is for tests).
+    """The device (None: a GPU if there is one; of several processes, each one its own) and precision (auto: the fastest
+    that the hardware itself has; float64 is for tests).
 
     Raises:
         AvtrainError: there is no such device.
@@ -47,9 +52,20 @@ def choose_runtime(device: str | None, precision: str) -> Runtime:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise AvtrainError(f"--device {device}: {in_a_line(error)}") from error
-    fast = torch.cuda.is_bf16_supported() if chosen.type == "cuda" else _cpu_has_bfloat16()
-    use = precision == "bfloat16" or (precision == "auto" and fast)
-    return Runtime(chosen, torch.bfloat16 if use else None, torch.float64 if precision == "float64" else torch.float32)
+    autocast_dtype = _fastest(chosen) if precision == "auto" else PRECISIONS[precision]
+    return Runtime(chosen, autocast_dtype, torch.float64 if precision == "float64" else torch.float32)
+
+
+def _fastest(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the hardware computes in it, not just emulates it; else float16 on GPUs with tensor cores."""
+    if device.type != "cuda":
+        return torch.bfloat16 if _cpu_has_bfloat16() else None
+    if torch.version.hip:
+        return torch.bfloat16
+    generation = torch.cuda.get_device_capability(device)
+    if generation >= (8, 0):
+        return torch.bfloat16
+    return torch.float16 if generation >= (7, 0) else None
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,16 +67,18 @@ class ClipDataset(Dataset[Any]):
         self._side = config.scale[0] if views and views.whole and seed is None else config.crop
         self._streams = config.order == "stream" and seed is not None and views is None
         self._reader: ShardReader | StreamReader | None = None
+        self.timeout_s = config.timeout_s
 
     def __getitem__(self, at: tuple[Any, ...]) -> Batch:
         return self.__getitems__([at])
 
-    def __getitems__(self, at: Sequence[tuple[Any, ...]]) -> Batch:
+    def __getitems__(self, at: Sequence[tuple[Any, ...]], begins: Callable[[int], object] = int) -> Batch:
         """A batch, as DataLoader asks for it: pixels go where they stay. What can't be decoded is left out; there may
-        be nothing else."""
+        be nothing else. `begins` is told each clip's place in the batch."""
         wanted = [Wanted(*one) for one in at]
         batch, filled = self._room(sum(self._rows(one) for one in wanted), self._segments(wanted[0])), 0
         for place, one in enumerate(wanted):
+            begins(place)
             row, rows = self.folder.rows.at(one.place), slice(filled, filled + self._rows(one))
             try:
                 self._fill(row, one, batch.visual[rows], batch.audio[rows], batch.visual_present[rows],
@@ -95,6 +97,11 @@ class ClipDataset(Dataset[Any]):
     def presence(self, wanted: Wanted) -> NDArray[np.bool_]:
         """(2, segments): which segments of a whole clip have picture, and which sound, once it can be read."""
         return self._there(self.folder.rows.at(wanted.place))
+
+    def name_of(self, one: tuple[Any, ...]) -> str:
+        """A clip's name, for messages."""
+        wanted = Wanted(*one)
+        return f"{self.folder.shards[wanted.place.shard].name}: {self.folder.rows.at(wanted.place).key}"
 
     def batch_bytes(self, at: Sequence[tuple[Any, ...]]) -> int:
         """How large the batch of what is wanted can be."""

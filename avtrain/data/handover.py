@@ -9,29 +9,37 @@ comes to this process as it was raised; torch would make a text of it.
 from __future__ import annotations
 
 import errno
+import logging
 import multiprocessing
 import os
 import pickle
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
+from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from avtrain.errors import AvtrainError, in_a_line
 
 AHEAD = 2  # batches that each worker makes ahead
+LOOK_S = 1.0  # between two looks at workers whose batch is awaited
 _PATIENCE_S = 5  # for a process that ends
+_LOG = logging.getLogger(__name__)
 _SHARED_MEMORY = "/dev/shm"
 _WITHOUT = "or make them without workers: --set data.workers=0"
 _MORE_ROOM = f"give it more (docker run --shm-size=2g, or --ipc=host), {_WITHOUT}"
 # How torch, and Python where it hands over files, begin or put what has no class of its own.
 _WORKER_ENDED = "DataLoader worker (pid"
+_NONE_YET = "DataLoader timed out"
 _TOO_MANY_FILES = ("Too many open files", "ancdata")
 
 
@@ -54,6 +62,38 @@ class WorkerEnded(AvtrainError):
                     "training.batch_size")
         names = ", ".join(signal.Signals(-code).name if code < 0 else f"exit code {code}" for code in self.codes)
         return f"a worker ended too early ({names or 'unknown why'}): with --set data.workers=0 the reason shows"
+
+
+class WorkerHangs(AvtrainError):
+    """A worker makes no batch.
+
+    Args:
+        timeout_s: so long it was waited for.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(timeout_s)
+        self.timeout_s = timeout_s
+
+    def __str__(self) -> str:
+        return f"a worker has made no batch for {self.timeout_s:.0f} s (data.timeout_s)"
+
+
+class LostTwice(AvtrainError):
+    """Workers were lost where they had been lost before.
+
+    Args:
+        how: they were.
+        making: the clip, or the first of the batch, that was being made; "": unknown.
+    """
+
+    def __init__(self, how: AvtrainError, making: str) -> None:
+        super().__init__(how, making)
+        self.how, self.making = how, making
+
+    def __str__(self) -> str:
+        making = f", while it made {self.making}" if self.making else ""
+        return f"{self.how}; it was for the second time{making}"
 
 
 class NotHandedOver(AvtrainError):
@@ -94,22 +134,61 @@ def check_room(wanted_bytes: int) -> None:
 def begin(worker: int) -> None:
     """The start of a worker process."""
     torch.set_num_threads(1)
+    # What ends or stops the whole group of processes is for the main one to hear: it still needs this one's batches.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # A worker that is told to end unwinds first: an unfinished download leaves nothing behind.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _unwind)
+
+
+def _unwind(number: int, frame: object) -> None:
+    """Once: where the group is told to end, the main process tells its workers too."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+class Notes:
+    """What each worker is making, where all processes see it: a batch's number, and a clip's in it.
+
+    Args:
+        workers: how many there are.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._rows = RawArray("q", 3 * workers)  # process, batch, clip
+
+    def write(self, worker: int, batch: int, clip: int) -> None:
+        """In the worker: it is making this. -1: nothing."""
+        self._rows[3 * worker:3 * worker + 3] = [os.getpid(), batch, clip]
+
+    def of(self, processes: set[int | None]) -> list[tuple[int, int]]:
+        """(batch, clip) that each of these processes is making, the earliest first."""
+        rows = (self._rows[first:first + 3] for first in range(0, len(self._rows), 3))
+        return sorted((batch, clip) for process, batch, clip in rows if process in processes and batch >= 0)
 
 
 class Packed(Dataset[Any]):
     """In the worker: another dataset's batches in shared memory, as bytes that tell where; or, as bytes too, the error
-    in place of one: what is meant for people goes on in the main process."""
+    in place of one: what is meant for people goes on in the main process.
 
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
+    Args:
+        dataset: calls what it is given as the second argument with the place of each clip that it is going to make.
+        notes: of what is being made.
+    """
 
-    def __getitems__(self, items: list[Any]) -> bytes:
+    def __init__(self, dataset: Any, notes: Notes) -> None:
+        self._dataset, self._notes = dataset, notes
+
+    def __getitems__(self, numbered: tuple[int, list[Any]]) -> bytes:
+        (number, items), worker = numbered, get_worker_info().id  # type: ignore[union-attr]
+        self._notes.write(worker, number, 0)
         try:
-            return _in_shared_memory(self._dataset.__getitems__(items))
+            content = _in_shared_memory(self._dataset.__getitems__(
+                items, lambda clip: self._notes.write(worker, number, clip)))
         except (AvtrainError, OSError) as error:
-            return pickle.dumps(error)
+            content = pickle.dumps(error)
+        self._notes.write(worker, -1, -1)  # not where it is told to end, as one that hangs is: what it made is asked
+        return content
 
 
 def _in_shared_memory(batch: Any) -> bytes:
@@ -119,12 +198,59 @@ def _in_shared_memory(batch: Any) -> bytes:
         raise _not_handed_over(error) from error
 
 
-def unpacked(loader: DataLoader[Any]) -> Iterator[Any]:
-    """In the main process: the batches of a loader of `Packed` ones.
+class _Lost(Exception):
+    """Workers that are gone, or make nothing: how, and which of them, by their process."""
+
+    def __init__(self, how: AvtrainError, processes: Iterable[int | None]) -> None:
+        super().__init__(how)
+        self.how, self.processes = how, set(processes)
+
+
+def made_by_workers(dataset: Any, items: Iterable[Any], workers: int, timeout_s: float, name_of: Callable[[Any], str],
+                    loader_of: Callable[[Dataset[Any], Iterable[Any]], DataLoader[Any]]) -> Iterator[Any]:
+    """The batches of `items` in order. Where workers are lost, all are started again, once at the same place.
+
+    Args:
+        dataset: makes a batch of an item.
+        items: they may go on without end.
+        workers: processes.
+        timeout_s: a batch that is awaited for so long does not come.
+        name_of: a clip's name, for messages, of what an item has at its place.
+        loader_of: a loader of this dataset and these batches.
 
     Raises:
-        AvtrainError, OSError: a worker could not be started, was ended, or its batch can't be had; or the dataset's.
+        AvtrainError, OSError: a worker could not be started, was lost twice, or its batch can't be had; or the
+            dataset's.
     """
+    asked: deque[Any] = deque()  # of the loader; their batches have not come yet
+    items, came, lost_at = iter(items), 0, set()
+    while True:
+        again, notes = list(asked), Notes(workers)
+        asked.clear()
+        loader = loader_of(Packed(dataset, notes), _numbered(chain(again, items), came, asked))
+        try:
+            for batch in _unpacked(loader, timeout_s):
+                asked.popleft()
+                came += 1
+                yield batch
+            return
+        except _Lost as lost:
+            number, clip = next(iter(notes.of(lost.processes)), (came, -1))
+            making = name_of(asked[number - came][clip]) if clip >= 0 else ""
+            if number in lost_at:
+                raise LostTwice(lost.how, making) from lost
+            lost_at.add(number)
+            _LOG.warning("%s; workers are started again%s", lost.how, f" at {making}" if making else "")
+
+
+def _numbered(items: Iterable[Any], first: int, asked: deque[Any]) -> Iterator[tuple[int, list[Any]]]:
+    for number, item in enumerate(items, first):
+        asked.append(item)
+        yield number, list(item)
+
+
+def _unpacked(loader: DataLoader[Any], timeout_s: float) -> Iterator[Any]:
+    """In the main process: the batches of a loader of `Packed` ones."""
     before = set(multiprocessing.active_children())
     try:
         supply = _started(loader)
@@ -133,25 +259,40 @@ def unpacked(loader: DataLoader[Any]) -> Iterator[Any]:
                            f"{_MORE_ROOM}") from error
     workers = set(multiprocessing.active_children()) - before
     try:
-        while (content := _next(supply, workers)) is not None:
+        while (content := _next(supply, workers, timeout_s)) is not None:
             yield _taken(content, workers)
     finally:
-        for worker in workers:
-            worker.terminate()
+        try:
+            for worker in workers:
+                worker.terminate()
+            _wait_for(workers)
+        finally:
+            for worker in workers:
+                worker.kill()
         # Now, not when the last traceback that holds the loader is collected. torch has no public name for it.
         supply._shutdown_workers()
-        for worker in workers:
-            worker.kill()
 
 
-def _next(supply: Iterator[Any], workers: set[BaseProcess]) -> bytes | None:
-    try:
-        content: bytes | None = next(supply, None)
-        return content
-    except RuntimeError as error:
-        if str(error).startswith(_WORKER_ENDED):
-            raise _ended(workers) from error
-        raise
+def _next(supply: Iterator[Any], workers: set[BaseProcess], timeout_s: float) -> bytes | None:
+    began = time.monotonic()
+    while True:
+        try:
+            content: bytes | None = next(supply, None)
+            return content
+        except RuntimeError as error:
+            if str(error).startswith(_WORKER_ENDED):
+                raise _ended(workers) from error
+            if not str(error).startswith(_NONE_YET):
+                raise
+        if time.monotonic() - began >= timeout_s:
+            raise _Lost(WorkerHangs(timeout_s), (worker.pid for worker in workers))
+
+
+def _wait_for(workers: set[BaseProcess]) -> None:
+    """Until they have ended, but not without end."""
+    until = time.monotonic() + _PATIENCE_S
+    for worker in workers:
+        worker.join(max(0.0, until - time.monotonic()))
 
 
 def _taken(content: bytes, workers: set[BaseProcess]) -> Any:
@@ -187,5 +328,7 @@ def _not_handed_over(error: Exception) -> NotHandedOver:
     return NotHandedOver(in_a_line(error), too_many or any(text in str(error) for text in _TOO_MANY_FILES))
 
 
-def _ended(workers: set[BaseProcess]) -> WorkerEnded:
-    return WorkerEnded(frozenset(worker.exitcode for worker in workers if worker.exitcode))
+def _ended(workers: set[BaseProcess]) -> _Lost:
+    ended = [worker for worker in workers if worker.exitcode]
+    return _Lost(WorkerEnded(frozenset(worker.exitcode for worker in ended if worker.exitcode)),
+                 (worker.pid for worker in ended))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from avtrain.data.handover import AHEAD, Packed, begin, check_room, in_flight_bytes, unpacked
+from avtrain.data.handover import AHEAD, LOOK_S, begin, check_room, in_flight_bytes, made_by_workers
 from avtrain.data.order import Cut, Wanted
 from avtrain.errors import TooManyUnreadable, Unreadable
 
@@ -108,11 +108,16 @@ def _copies(device: torch.device) -> torch.cuda.Stream:
 class Supplier(Protocol):
     """What `batches` needs of a dataset, beside what torch's loader asks it for."""
 
+    timeout_s: float  # that a batch may take
+
     def batch_bytes(self, at: Sequence[Any]) -> int:
         """How large the batch of what is asked for can be."""
 
     def ahead(self, items: Iterable[Sequence[Any]]) -> Iterator[Sequence[Any]]:
         """What batches are asked for, as it is; what it needs is made ready meanwhile."""
+
+    def name_of(self, one: Any) -> str:
+        """A clip's name, for messages, of what is asked for of it."""
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -138,15 +143,19 @@ def batches(dataset: Supplier, items: Iterable[Sequence[Any]], workers: int) -> 
     if first is None:
         return
     check_room(in_flight_bytes(dataset.batch_bytes(first), workers))
-    loader = DataLoader(
-        Packed(dataset) if workers else cast(Dataset[Any], dataset),
-        batch_sampler=map(list, dataset.ahead(itertools.chain([first], items))), collate_fn=_as_it_is,
-        num_workers=workers, prefetch_factor=AHEAD if workers else None,
-        worker_init_fn=begin if workers else None,
-        # Its own, though nothing here draws from it: a loader would else take a number from the global generator
-        # whenever it is made, and a run that is resumed in mid-epoch would go on with other dropout.
-        generator=torch.Generator())
-    yield from unpacked(loader) if workers else loader
+    items = dataset.ahead(itertools.chain([first], items))
+
+    def loader_of(made: Dataset[Any], asked: Iterable[Any]) -> DataLoader[Any]:
+        return DataLoader(
+            made, batch_sampler=cast(Iterable[list[Any]], asked), collate_fn=_as_it_is, num_workers=workers,
+            prefetch_factor=AHEAD if workers else None, worker_init_fn=begin if workers else None,
+            timeout=LOOK_S if workers else 0,
+            # Its own, though nothing here draws from it: a loader would else take a number from the global generator
+            # whenever it is made, and a run that is resumed in mid-epoch would go on with other dropout.
+            generator=torch.Generator())
+
+    yield from (made_by_workers(dataset, items, workers, dataset.timeout_s, dataset.name_of, loader_of) if workers
+                else loader_of(cast(Dataset[Any], dataset), map(list, items)))
 
 
 def clips_of_piece(dataset: Supplier, one: Sequence[Wanted]) -> int:

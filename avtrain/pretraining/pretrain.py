@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from functools import lru_cache
 from inspect import signature
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from avtrain import ranks
 from avtrain.checkpoints.ours import save_model
-from avtrain.config import Config, config_from, config_to
+from avtrain.config import HOW_MADE, WHEN_LOOKED_AT, Config, config_from, config_to
 from avtrain.data.cache import check_limit
 from avtrain.data.clips import ClipDataset
 from avtrain.data.handover import check_room
@@ -36,7 +37,9 @@ from avtrain.run_folder import CONFIG, RunFolder, check_settings, delete, read_s
 from avtrain.runtime import Runtime, seed_everything
 
 _INPUTS = "inputs.json"
+_SHARDS = ("train_shards", "test_shards")
 _START_CLIPS = 8  # that the projections' start values are taken from
+_LOG = logging.getLogger(__name__)
 
 
 def epochs_of(dataset: ClipDataset, config: Config, pin_memory: bool = False) -> Epochs:
@@ -65,18 +68,20 @@ class Pretrained(NamedTuple):
     Attributes:
         folder: of the run.
         step: that it is at.
-        made: steps of this call; 0 where the run was there already.
-        bad_steps: the last ones, in a row, that were not finite; the last checkpoint is from before them.
+        made: steps of this call.
+        bad_steps: the last ones, in a row, that were not finite; the last checkpoint has the weights from before them.
+        was_there: the run was there already, and nothing was done.
     """
 
     folder: RunFolder
     step: int
     made: int
     bad_steps: int
+    was_there: bool = False
 
 
 def pretrain(config: Config, train: list[str], test: list[str], out: Path, runtime: Runtime, force: bool = False,
-             max_steps: int | None = None, max_time_s: float | None = None) -> Pretrained:
+             max_steps: int | None = None, until: float | None = None, new_data: bool = False) -> Pretrained:
     """Pretrain a model from scratch, or go on with the run in `out` from its last checkpoint.
 
     Args:
@@ -85,9 +90,12 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
         out: folder of the run.
         runtime: device and precision.
         force: begin anew; what an earlier run wrote is deleted.
-        max_steps, max_time_s: stop there, with a checkpoint, though the schedule goes on.
+        max_steps: stop there, with a checkpoint, though the schedule goes on.
+        until: stop, with a checkpoint, so that all is done then: of `time.monotonic`.
+        new_data: go on with other shards than before; an epoch begins on them.
 
     Raises:
+        Stopped: a signal came.
         AvtrainError: data and settings don't fit, or the run in `out` was begun with others.
     """
     train_folder = open_folders(train, labelled=False)
@@ -99,10 +107,10 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
         inputs["streams"] = f"{ranks.ranks()} x {max(1, config.data.workers)}"
     if force:
         _clear(folder)
-    _check_same(folder, config, inputs)
+    before = _check_same(folder, config, inputs, new_data)
     begun = folder.last_step()
-    if begun >= last_step(config.training, max_steps):
-        return Pretrained(folder, begun, 0, 0)
+    if begun >= last_step(config.training, max_steps) and folder.due() is None:
+        return Pretrained(folder, begun, 0, 0, was_there=True)
     training = config.training
     seed_everything(training.seed)
     network = Pretraining(config).to(runtime.device, runtime.dtype)
@@ -112,11 +120,11 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     check_room(supply.in_flight_bytes() + (held_out.in_flight_bytes() if held_out else 0))
     modules: dict[str, nn.Module] = {"model": network.model, "objectives": network.objectives}
     run = Run(folder, modules, pretraining_optimizer(modules, training), training,
-              lambda to: save_model(to / "model.safetensors", network.model, config))
+              lambda to: save_model(to / "model.safetensors", network.model, config), runtime.scaled)
     network.train()
     if training.cuda_graphs and runtime.device.type == "cuda":
         _capture(network, config, supply.cut.micro_batch, runtime)
-    if not run.go_on(supply):
+    if not run.go_on(supply, train_folder.fingerprint, str(before["train_shards"])):
         alone = ClipDataset(train_folder, config.data, training.seed)  # nothing that workers share is opened yet
         first = _readable(alone.__getitems__(supply.wanted(0)[:_START_CLIPS]))
         network.model.standardize(*first.tensors(runtime.device))
@@ -124,6 +132,10 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
             write_settings(out / _INPUTS, inputs)
             write_settings(out / CONFIG, config_to(config))
     wrapped = _over_ranks(network, config, runtime)
+    if before != inputs and ranks.rank() == 0:
+        run.save(folder.due())  # from now on the position is one in the new data
+        write_settings(out / _INPUTS, inputs)
+        _LOG.warning("%s", _other_shards(run, supply, before, inputs))
     pairs = config.objectives.pair > 0 and config.model.fusion != "late"
     draws: list[Draw] = []
 
@@ -139,10 +151,8 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
                                               draws[part].to(runtime.device))
         return result.loss, result.figures()
 
-    def evaluate() -> dict[str, float]:
-        return held_out.figures(network) if held_out else {}
-
-    run.train(step, supply, runtime.autocast, evaluate, max_steps, max_time_s)
+    run.train(step, supply, runtime.autocast, (lambda: held_out.figures(network)) if held_out else None, max_steps,
+              until)
     return Pretrained(folder, run.position.step, run.position.step - begun, run.bad_steps)
 
 
@@ -182,24 +192,38 @@ def _readable(batch: Batch) -> Batch:
     return batch
 
 
-def _check_same(folder: RunFolder, config: Config, inputs: dict[str, str | None]) -> None:
+def _check_same(folder: RunFolder, config: Config, inputs: dict[str, str | None],
+                new_data: bool) -> dict[str, str | None]:
     """Raise where there is something to go on with, and it was begun with other settings, data or precision.
 
     Before its first whole checkpoint a run has nothing that would be lost: it is begun again, with any settings.
+
+    Returns:
+        The inputs that the run has had so far.
     """
     checkpoint = folder.last_checkpoint()
     if checkpoint is None:
-        return
+        return inputs
     path, of_inputs = folder.path / CONFIG, folder.path / _INPUTS
     if not path.is_file():
         raise AvtrainError(f"{checkpoint} is of no run of `avtrain pretrain`, for {path} is not there: choose another "
                            "folder with --out")
-    before = config_to(config_from(read_settings(path), str(path)))
-    before["data"]["workers"] = config.data.workers  # how batches are made does not change them
-    before["training"]["log_every"] = config.training.log_every  # nor does what is logged
+    before, now = config_to(config_from(read_settings(path), str(path))), config_to(config)
+    for section, names in (("data", HOW_MADE), ("training", WHEN_LOOKED_AT)):
+        before[section] |= {name: now[section][name] for name in names}
     # Runs of earlier versions have not written down their inputs.
-    before |= read_settings(of_inputs) if of_inputs.is_file() else inputs
-    check_settings(folder.path, before, config_to(config) | inputs)
+    had: dict[str, str | None] = inputs | (read_settings(of_inputs) if of_inputs.is_file() else {})
+    shards_change = any(had[name] != inputs[name] for name in _SHARDS)
+    check_settings(folder.path, before | had | ({name: inputs[name] for name in _SHARDS} if new_data else {}),
+                   now | inputs, "--new-data to go on with these shards, --force" if shards_change else "--force")
+    return had
+
+
+def _other_shards(run: Run, supply: Epochs, before: dict[str, str | None], inputs: dict[str, str | None]) -> str:
+    epoch = run.position.clips // len(supply)
+    begins = before["train_shards"] != inputs["train_shards"]
+    what = f"other shards, and epoch {epoch} begins on them" if begins else "other held-out shards"
+    return f"{run.folder.path}: from step {run.position.step} on with {what}"
 
 
 def _clear(folder: RunFolder) -> None:

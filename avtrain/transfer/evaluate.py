@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from avtrain import __version__
-from avtrain.config import DataConfig, config_from, config_to
+from avtrain.config import HOW_MADE, DataConfig, config_from, config_to
 from avtrain.data.loader import MOST_UNREADABLE
 from avtrain.data.manifest import ClipRows
 from avtrain.data.shards import ShardFolder, joined, open_folder
@@ -281,7 +281,8 @@ def _check_folder(out: Path, trial: Trial, settings: dict[str, Any], anew: str =
     """Raise where the folder holds something else; write down the settings where there is nothing yet. `anew` is what
     is then said to begin anew."""
     path = out / _SETTINGS
-    settings["data"].pop("workers", None)  # how batches are made does not change them
+    for name in HOW_MADE:
+        settings["data"].pop(name, None)
     if not ((out / _RESULTS).is_file() or any(map(_has_begun, out.glob("split-*")))):
         write_settings(path, settings)
         return
@@ -295,7 +296,8 @@ def _as_of_today(before: dict[str, Any], trial: Trial, path: Path) -> dict[str, 
     """Settings that an earlier version may have written: under today's names, and without what the protocol does not
     have."""
     config = config_to(config_from({name: before.get(name, {}) for name in ("model", "data")}, str(path)))
-    del config["data"]["workers"]
+    for name in HOW_MADE:
+        del config["data"][name]
     of_protocol = before.get("protocol")
     if isinstance(of_protocol, dict):
         known, of_protocol = kinds_of(type(trial.protocol)), current_names("transfer", of_protocol, written=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from avtrain.config import ClipConfig, DataConfig
+from avtrain.config import HOW_MADE, ClipConfig, DataConfig
 from avtrain.data.clips import ClipDataset
 from avtrain.data.loader import Batch, UnreadableCount, batches
 from avtrain.data.order import at_epoch, batches_of, fixed_order
@@ -98,7 +98,7 @@ def clip_means(model: AVBert, folder: ShardFolder, config: DataConfig, runtime: 
             yield found.clips[both.numpy()], {name: tensor[both] for name, tensor in found.tensors.items()}
 
     view = {field.name: getattr(config, field.name) for field in dataclasses.fields(ClipConfig)
-            if field.name != "workers"}  # how batches are made does not change them
+            if field.name not in HOW_MADE}
     channels = dict.fromkeys(("visual", "audio"), model.config.dimension)
     return feature_file(cache / _name(model, folder, runtime, ["clip means", view]), channels, folder.clips, make)
 

@@ -158,7 +158,8 @@ def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: C
         dataset, tests = _test_views(folder, validation, data, protocol, modality)
         looked_at = dataset.batch_bytes(tests[0])
         check_room(epochs.in_flight_bytes() + in_flight_bytes(looked_at, data.workers))
-    run = Run(RunFolder(out), {"classifier": classifier}, _optimizer(classifier, protocol), training, save_weights)
+    run = Run(RunFolder(out), {"classifier": classifier}, _optimizer(classifier, protocol), training, save_weights,
+              runtime.scaled)
     run.go_on(epochs)
 
     def step(batch: Batch, part: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -168,15 +169,13 @@ def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: C
         return _loss(logits, counts, batch.labels, protocol) / epochs.parts, {}
 
     def evaluate() -> dict[str, float]:
-        if not validation:
-            return {}
         found = predict(classifier, folder, validation, data, protocol, modality, runtime)
         classifier.train()
         return {f"validation_{name}": figure.value
                 for name, figure in metrics_of(found, protocol.loss == "binary", seed).items()}
 
     classifier.train()
-    run.train(step, epochs, runtime.autocast, evaluate)
+    run.train(step, epochs, runtime.autocast, evaluate if validation else None)
     return classifier
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from avtrain.config import Config
-from avtrain.engine import FiniteSteps
+from avtrain.finite_steps import FiniteSteps
 from avtrain.models.graphs import capture, own_gradients
 from avtrain.pretraining.module import Pretraining
 from avtrain.pretraining.optimizer import pretraining_optimizer

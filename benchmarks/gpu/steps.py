@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from avtrain.config import Config
-from avtrain.engine import FiniteSteps
+from avtrain.finite_steps import FiniteSteps
 from avtrain.flops import training_flop
 from avtrain.models import forms
 from avtrain.models.avbert import AVBert

@@ -1,14 +1,14 @@
 """The loop on a small problem: resuming is exact, bad steps are skipped, checkpoints are whole."""
 
-import itertools
 import json
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from small_training import CONFIG, Batch, Batches, Experiment, losses_of
 from torch import nn
 
 from avtrain.config import TrainingConfig
@@ -16,93 +16,38 @@ from avtrain.engine import Run, learning_rate
 from avtrain.errors import AvtrainError
 from avtrain.run_folder import RunFolder
 
-CONFIG = TrainingConfig(batch_size=4, steps=20, learning_rate=0.01, log_every=1, evaluate_every=5, save_every=3, keep=2)
-
-
-@dataclass
-class _Batch:
-    keys: list
-    inputs: torch.Tensor
-
-
-class _Batches:
-    """Seven batches of four an epoch; counts how many were made."""
-
-    batch_size, parts = 4, 1
-
-    def __init__(self):
-        self.made = []
-
-    def __len__(self):
-        return 28
-
-    def starting_at(self, first):
-        for index in itertools.count(first // 4):
-            self.made.append(divmod(index, 7))
-            random = torch.Generator().manual_seed(index)
-            yield _Batch(list("abcd"), torch.randn(4, 8, generator=random))
-
-
-class _Experiment:
-    def __init__(self, folder, config=CONFIG, bad_steps=()):
-        torch.manual_seed(config.seed)
-        self.network = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
-        self.weights_saved = []
-        optimizer = torch.optim.AdamW(self.network.parameters(), config.learning_rate, fused=True)
-        self.run = Run(RunFolder(folder), {"network": self.network}, optimizer, config, self._save)
-        self.batches, self.bad_steps, self.steps = _Batches(), set(bad_steps), 0
-
-    def _save(self, folder):
-        self.weights_saved.append(folder)
-        torch.save(self.network.state_dict(), folder / "weights.pt")
-
-    def step(self, batch, part):
-        noise = torch.randn(4, 1)
-        self.steps += 1
-        inputs = batch.inputs * float("nan") if self.steps in self.bad_steps else batch.inputs
-        loss = (self.network(inputs) + 0.1 * noise - inputs.sum(1, keepdim=True)).square().mean()
-        return loss, {"twice": 2 * loss.detach()}
-
-    def train(self, **options):
-        self.run.train(self.step, self.batches, nullcontext, lambda: {"held_out": 1.0}, **options)
-
-
-def _losses(folder):
-    return [(line["step"], line["loss"], line["twice"]) for line in map(
-        json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
-
 
 def test_resuming_goes_on_to_the_same_losses_in_the_middle_of_an_epoch(tmp_path):
-    whole = _Experiment(tmp_path / "whole")
+    whole = Experiment(tmp_path / "whole")
     whole.train()
-    first = _Experiment(tmp_path / "parts")
+    first = Experiment(tmp_path / "parts")
     first.train(max_steps=10)  # stops in the second epoch
     with (tmp_path / "parts/metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "loss": 5, "twi')  # killed while it wrote
-    second = _Experiment(tmp_path / "parts")
+    second = Experiment(tmp_path / "parts")
     torch.manual_seed(99)
-    second.run.go_on(_Batches())
+    second.run.go_on(Batches())
     second.train()
-    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole") and len(_losses(tmp_path / "whole")) == 20
+    assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole") and len(losses_of(tmp_path / "whole")) == 20
     assert second.batches.made[0] == (1, 3)  # nothing that was seen is made again
     for one, other in zip(whole.network.state_dict().values(), second.network.state_dict().values(), strict=True):
         assert torch.equal(one, other)
 
 
 def test_resuming_after_a_kill_starts_at_the_last_whole_checkpoint(tmp_path):
-    first = _Experiment(tmp_path)
+    first = Experiment(tmp_path)
     first.train(max_steps=8)
     checkpoints = tmp_path / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-000006", "step-000008"]  # two are kept
     (checkpoints / "step-000009.part").mkdir()
     (checkpoints / "step-000010").mkdir()  # no training.pt: not whole
-    second = _Experiment(tmp_path)
-    second.run.go_on(_Batches())
+    second = Experiment(tmp_path)
+    second.run.go_on(Batches())
     assert second.run.position.step == 8
 
 
 def test_resuming_that_is_stopped_leaves_the_metrics_as_they_were(tmp_path, monkeypatch):
-    _Experiment(tmp_path).train(max_steps=8)
+    Experiment(tmp_path).train(max_steps=8)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9}\n')  # after the last checkpoint: to be dropped
     before = (tmp_path / "metrics.jsonl").read_text()
@@ -112,16 +57,16 @@ def test_resuming_that_is_stopped_leaves_the_metrics_as_they_were(tmp_path, monk
             file.write(text[:len(text) // 2])
         raise KeyboardInterrupt
 
-    second = _Experiment(tmp_path)
+    second = Experiment(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "write_text", stopped)
-        second.run.go_on(_Batches())
+        second.run.go_on(Batches())
     assert (tmp_path / "metrics.jsonl").read_text() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl", "tensorboard"]
 
 
 def test_metrics_hold_what_is_promised(tmp_path):
-    _Experiment(tmp_path).train()
+    Experiment(tmp_path).train()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {"loss", "twice", "learning_rate", "gradient_norm", "clips_per_s", "waiting_share", "memory_mib",
             "epoch", "step", "skipped_steps"} <= set(lines[0])
@@ -131,15 +76,15 @@ def test_metrics_hold_what_is_promised(tmp_path):
 
 def test_lines_are_every_so_many_steps_and_hold_their_own_step(tmp_path):
     """Those lines are the ones that a run which logs every step has there; speed is that of all steps since."""
-    _Experiment(tmp_path / "every").train()
-    _Experiment(tmp_path / "fourth", replace(CONFIG, log_every=4)).train()
-    lines = _losses(tmp_path / "fourth")
+    Experiment(tmp_path / "every").train()
+    Experiment(tmp_path / "fourth", replace(CONFIG, log_every=4)).train()
+    lines = losses_of(tmp_path / "fourth")
     assert [step for step, *_ in lines] == [4, 5, 8, 10, 12, 15, 16, 20]  # and where it is evaluated
-    assert lines == [line for line in _losses(tmp_path / "every") if not line[0] % 4 or not line[0] % 5]
+    assert lines == [line for line in losses_of(tmp_path / "every") if not line[0] % 4 or not line[0] % 5]
 
 
 def test_a_bad_step_is_skipped_and_counted(tmp_path):
-    experiment = _Experiment(tmp_path, bad_steps=[4, 5])
+    experiment = Experiment(tmp_path, bad_steps=[4, 5])
     experiment.train(max_steps=3)
     before = {name: tensor.clone() for name, tensor in experiment.network.state_dict().items()}
     experiment.train(max_steps=5)
@@ -150,14 +95,15 @@ def test_a_bad_step_is_skipped_and_counted(tmp_path):
 
 def test_a_bad_step_is_skipped_by_a_run_of_an_earlier_version_too(tmp_path):
     """Its optimiser was not fused, and says so in the checkpoint."""
-    _Experiment(tmp_path).train(max_steps=3)
+    Experiment(tmp_path).train(max_steps=3)
     path = tmp_path / "checkpoints" / "step-000003" / "training.pt"
     state = torch.load(path, weights_only=True)
     for group in state["optimizer"]["param_groups"]:
         group["fused"] = None
     torch.save(state, path)
-    experiment = _Experiment(tmp_path, bad_steps=[1])
-    assert experiment.run.go_on(_Batches())
+    (path.parent / "checkpoint.json").unlink()
+    experiment = Experiment(tmp_path, bad_steps=[1])
+    assert experiment.run.go_on(Batches())
     experiment.train(max_steps=4)
     assert experiment.run.position.skipped_steps == 1
     for name, tensor in experiment.network.state_dict().items():
@@ -172,7 +118,7 @@ def test_an_optimiser_that_would_take_bad_steps_is_refused(tmp_path):
 
 
 def test_ten_bad_steps_in_a_row_stop_the_run_with_the_last_good_checkpoint(tmp_path):
-    experiment = _Experiment(tmp_path, bad_steps=range(5, 100))
+    experiment = Experiment(tmp_path, bad_steps=range(5, 100))
     with pytest.raises(AvtrainError, match=r"step 14: .* 10 times in a row.*step-000003"):
         experiment.train()
     state = torch.load(tmp_path / "checkpoints" / "step-000003" / "training.pt", weights_only=True)
@@ -180,23 +126,30 @@ def test_ten_bad_steps_in_a_row_stop_the_run_with_the_last_good_checkpoint(tmp_p
 
 
 def test_a_run_that_ends_with_losses_that_are_not_finite_has_a_checkpoint_or_fails(tmp_path):
-    never = _Experiment(tmp_path / "never", bad_steps=range(1, 100))
+    never = Experiment(tmp_path / "never", bad_steps=range(1, 100))
     with pytest.raises(AvtrainError, match=r"step 4: .* 4 times in a row.*none yet"):
         never.train(max_steps=4)
-    unsaved = _Experiment(tmp_path / "unsaved", bad_steps=[2])  # the first checkpoint would be that of step 3
-    with pytest.raises(AvtrainError, match=r"step 2: .* 1 times in a row.*none yet"):
-        unsaved.train(max_steps=2)
-    saved = _Experiment(tmp_path / "saved", bad_steps=[5])
-    saved.train(max_steps=5)
-    assert saved.run.folder.last_checkpoint().name == "step-000003" and saved.run.bad_steps == 1
-    resumed = _Experiment(tmp_path / "saved", bad_steps=range(1, 100))
-    resumed.run.go_on(_Batches())
-    resumed.train(max_steps=5)
-    assert resumed.run.folder.last_checkpoint().name == "step-000003" and resumed.run.bad_steps == 2
-    again = _Experiment(tmp_path / "saved")
-    again.run.go_on(_Batches())
-    again.train(max_steps=5)
-    assert again.run.folder.last_checkpoint().name == "step-000005" and again.run.bad_steps == 0
+    assert not (tmp_path / "never" / "checkpoints").exists()
+    skipped = Experiment(tmp_path / "skipped", bad_steps=[4, 5])
+    skipped.train(max_steps=3)
+    before = skipped.run.folder.load()["modules"]["network"]
+    skipped.train(max_steps=5)
+    assert skipped.run.folder.last_checkpoint().name == "step-000005" and skipped.run.bad_steps == 2
+    after = skipped.run.folder.load()["modules"]["network"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [line["step"] for line in skipped.run.folder.lines() if "held_out" in line] == [3, 5]
+    again = Experiment(tmp_path / "skipped")
+    again.run.go_on(Batches())
+    again.train(max_steps=6)
+    assert again.run.position.skipped_steps == 2 and again.run.bad_steps == 0
+
+
+def test_a_checkpoint_that_was_due_at_a_bad_step_comes_after_the_next_good_one(tmp_path):
+    experiment = Experiment(tmp_path, replace(CONFIG, evaluate_every=50, log_every=50), bad_steps=[3, 4])
+    saved, save = [], experiment.run.save
+    experiment.run.save = lambda due=None: saved.append(experiment.run.position.step) or save(due)
+    experiment.train(max_steps=7)
+    assert saved == [5, 6, 7]
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
@@ -210,11 +163,11 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
         run = Run(RunFolder(tmp_path / str(parts)), {"network": network}, optimizer,
                   replace(CONFIG, steps=1), lambda folder: None)
 
-        class Halves(_Batches):
+        class Halves(Batches):
             def starting_at(self, first, parts=parts):
                 inputs = torch.randn(4, 8, generator=torch.Generator().manual_seed(3))
                 for part in inputs.chunk(parts):
-                    yield _Batch(["k"] * len(part), part)
+                    yield Batch(["k"] * len(part), part)
 
         halves = Halves()
         halves.parts = parts
@@ -254,19 +207,19 @@ def test_learning_rate_rises_and_falls():
 
 
 def test_without_a_checkpoint_a_run_begins_and_one_of_another_model_is_refused(tmp_path):
-    assert not _Experiment(tmp_path).run.go_on(_Batches())
-    _Experiment(tmp_path).train(max_steps=1)
+    assert not Experiment(tmp_path).run.go_on(Batches())
+    Experiment(tmp_path).train(max_steps=1)
     network = nn.Linear(3, 3)
     other = Run(RunFolder(tmp_path), {"network": network}, torch.optim.Adam(network.parameters(), fused=True), CONFIG,
                 lambda folder: None)
     with pytest.raises(AvtrainError, match=r"other settings: .* --force begins anew"):
-        other.go_on(_Batches())
+        other.go_on(Batches())
 
 
 def test_a_run_that_is_there_already_does_nothing(tmp_path):
-    _Experiment(tmp_path).train(max_steps=4)
+    Experiment(tmp_path).train(max_steps=4)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    again = _Experiment(tmp_path)
-    assert again.run.go_on(_Batches())
+    again = Experiment(tmp_path)
+    assert again.run.go_on(Batches())
     again.train(max_steps=4)
     assert again.steps == 0 and {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

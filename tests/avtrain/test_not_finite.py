@@ -7,6 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_eval import NETWORK, QUICK, invoke, run_eval, settings
 
 from avtrain.checkpoints.ours import load_checkpoint, save_model
@@ -114,8 +115,10 @@ def test_a_run_that_diverges_says_so(demo_shards, tmp_path):
     diverging = ("training.steps=4", "training.learning_rate=1e30", "training.warmup=0")
     done = _pretrain(demo_shards, tmp_path / "one", *diverging, "training.save_every=1", "training.evaluate_every=9")
     assert done.exit_code == 0, done.output
-    assert "step 4 of 4" in done.output and "step-000001/model.safetensors" in done.output
-    assert "the losses of the last 3 steps were not finite; the checkpoint is from before them" in done.output
+    assert "step 4 of 4" in done.output and "step-000004/model.safetensors" in done.output
+    assert "the last 3 steps were not finite; the checkpoint has the weights from before them" in done.output
+    one, four = (load_file(tmp_path / f"one/checkpoints/step-00000{step}/model.safetensors") for step in (1, 4))
+    assert all(torch.equal(one[name], four[name]) for name in one)
 
 
 def test_a_transfer_that_diverges_says_so(demo_shards, tmp_path, monkeypatch):

@@ -33,8 +33,8 @@ MIB = 2**20
 class _Made(Dataset):
     """Batches of a size; something befalls the worker that makes the third."""
 
-    def __init__(self, size_bytes=1000, befalls=None):
-        self.size_bytes, self.befalls = size_bytes, befalls
+    def __init__(self, size_bytes=1000, befalls=None, timeout_s=60):
+        self.size_bytes, self.befalls, self.timeout_s = size_bytes, befalls, timeout_s
 
     def batch_bytes(self, at):
         return 0
@@ -42,7 +42,11 @@ class _Made(Dataset):
     def ahead(self, items):
         return items
 
-    def __getitems__(self, at):
+    def name_of(self, one):
+        return f"clip {one[0]}"
+
+    def __getitems__(self, at, begins=int):
+        begins(0)
         if at[0][0] == 2 and self.befalls is not None:
             self.befalls()
         nothing = torch.empty(0)
@@ -122,6 +126,32 @@ def test_every_command_looks_for_room_before_it_starts(demo_shards, checkpoint, 
     assert "Error: /dev/shm has 0 MiB free, and the batches that workers make ahead can take" in done.stderr
 
 
+def _once(path, befall):
+    """Only the first time, in whatever process."""
+    def befalls():
+        if not path.exists():
+            path.touch()
+            befall()
+
+    return befalls
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("befall", [lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: time.sleep(600)])
+def test_a_worker_that_ends_or_hangs_is_replaced_at_the_same_place(tmp_path, caplog, befall, workers):
+    made = _Made(befalls=_once(tmp_path / "befallen", befall), timeout_s=1.5)
+    assert _keys(made, 9, workers) == list("012345678")  # none lost, none twice
+    [said] = caplog.messages
+    assert re.fullmatch("a worker (was killed.*|has made no batch .*); workers are started again at clip 2", said)
+    assert not multiprocessing.active_children()
+
+
+def test_one_that_hangs_for_the_second_time_is_an_error_that_names_the_clip():
+    with pytest.raises(handover.LostTwice, match=r"no batch for 2 s .* second time, while it made clip 2"):
+        _keys(_Made(befalls=lambda: time.sleep(600), timeout_s=1.5))
+    assert not multiprocessing.active_children()
+
+
 @pytest.mark.parametrize(("number", "message"), [
     (signal.SIGBUS, "ended by SIGBUS, as when /dev/shm is full: give it more"),
     (signal.SIGKILL, "was killed, as the system does when memory runs out: lower data.workers"),
@@ -129,7 +159,7 @@ def test_every_command_looks_for_room_before_it_starts(demo_shards, checkpoint, 
 def test_a_worker_that_is_ended_is_an_error_where_its_batch_is_awaited(number, message):
     before, keys = signal.getsignal(signal.SIGCHLD), []
     started = time.monotonic()
-    with pytest.raises(AvtrainError, match=message) as caught:
+    with pytest.raises(AvtrainError, match=f"{message}.*; it was for the second time, while it made clip 2") as caught:
         for batch in batches(_Made(befalls=lambda: os.kill(os.getpid(), number)), _items(6), 2):
             time.sleep(0.2)  # torch would raise its own error here
             keys += batch.keys

@@ -1,51 +1,18 @@
-"""`avtrain pretrain` as a user runs it: on shards that avprep made, killed and resumed, and given wrong things."""
+"""`avtrain pretrain` as a user runs it: on shards that avprep made, run again, and given wrong things."""
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
-from small_eval import invoke, times_of
+from small_eval import times_of
+from small_pretrain import losses_of, pretrained
 
 from avtrain.checkpoints.ours import load_checkpoint
-
-# Smaller than the tiny preset: seconds, not minutes.
-SMALL = ["training.batch_size=4", "training.steps=9", "training.save_every=2", "training.evaluate_every=9",
-         "training.learning_rate=1e-3", "data.segment_frames=4", "data.crop=24", "data.scale=[24, 32]",
-         "model.visual_width=8", "model.audio_width=8", "model.dimension=32", "model.feedforward=64", "model.layers=1",
-         "model.rank=8", "objectives.negatives=16", "data.workers=1"]
-
-
-def _command(shards, out, *more):
-    settings = [part for setting in SMALL for part in ("--set", setting)]
-    return [sys.executable, "-m", "avtrain.cli", "pretrain", "--shards", str(shards), "--out", str(out), "--device",
-            "cpu", *settings, *map(str, more)]
-
-
-def _invoke(*arguments):
-    return invoke(*_command(*arguments)[3:])  # what comes after "python -m avtrain.cli"
-
-
-def _losses(out):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items()
-             if name not in ("clips_per_s", "waiting_share", "memory_mib")} for line in lines]
-
-
-@pytest.fixture(scope="module")
-def whole(demo_shards, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    done = _invoke(demo_shards, out)
-    assert done.exit_code == 0, (done.output, done.exception)
-    return out, done.stdout
 
 
 def test_a_run_leaves_what_is_promised(whole):
     out, printed = whole
-    losses = _losses(out)
+    losses = losses_of(out)
     assert [line["step"] for line in losses] == list(range(1, 10)) and losses[-1]["epoch"] == 3
     assert {"mep_visual", "mep_audio", "mep_multimodal", "pair", "pair_accuracy", "top1_visual", "test_loss",
             "test_masked_top1_visual", "test_masked_top1_multimodal_audio"} <= set().union(*losses)
@@ -63,42 +30,29 @@ def test_a_run_leaves_what_is_promised(whole):
     assert f"<td class=number>{losses[-1]['loss']:.4f}</td>" in page
 
 
-def test_killed_and_resumed_gives_the_same_losses_step_for_step(demo_shards, whole, tmp_path):
-    out = tmp_path / "run"
-    with subprocess.Popen(_command(demo_shards, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        while not list(out.glob("checkpoints/step-*[0-9]/training.pt")) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.1)
-        process.send_signal(signal.SIGKILL)
-    assert len(_losses(out)) < 9
-    done = _invoke(demo_shards, out)
-    assert done.exit_code == 0, (done.output, done.exception)
-    assert _losses(out) == _losses(whole[0])
-
-
 def test_stopped_during_its_first_checkpoint_a_run_begins_again_by_itself(demo_shards, whole, tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         def killed(*arguments):
             raise KeyboardInterrupt
 
-        patch.setattr("avtrain.run_folder.torch.save", killed)
-        assert _invoke(demo_shards, out).exit_code == 130
+        patch.setattr("avtrain.saved_state.torch.save", killed)
+        assert pretrained(demo_shards, out).exit_code == 130
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000002.part"]
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
     # Nothing that was saved would be lost: the settings may be others too.
-    assert _invoke(demo_shards, out, "--set", "training.learning_rate=1e-2", "--max-steps", 1).exit_code == 0
+    assert pretrained(demo_shards, out, "--set", "training.learning_rate=1e-2", "--max-steps", 1).exit_code == 0
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000001"]
-    assert _invoke(demo_shards, out, "--force").exit_code == 0
-    assert _losses(out) == _losses(whole[0])
+    assert pretrained(demo_shards, out, "--force").exit_code == 0
+    assert losses_of(out) == losses_of(whole[0])
 
 
 def test_run_again_it_says_that_it_is_finished_and_does_nothing(demo_shards, whole):
     before = times_of(whole[0])
-    for more in ((), ("--resume",), ("--max-steps", 3), ("--set", "data.workers=0")):
-        done = _invoke(demo_shards, whole[0], *more)
+    for more in ((), ("--resume",), ("--max-steps", 3), ("--set", "data.workers=0"), ("--set", "training.keep=9"),
+                 ("--set", "training.save_minutes=1"), ("--set", "data.timeout_s=5"), ("--new-data",)):
+        done = pretrained(demo_shards, whole[0], *more)
         assert done.exit_code == 0, done.output
         assert f"{whole[0]} is at step 9 already: nothing is left to do" in done.output
         assert "held-out pair accuracy" in done.output and "resume" not in done.output
@@ -118,14 +72,15 @@ def test_other_settings_data_or_precision_are_refused_until_forced(demo_shards, 
             (("--precision", other), f'precision was "torch.{precision}" and is "torch.{other}";'),
             (("--test-shards", demo_shards / "train"), "test_shards was "),
             (("--shards", demo_shards / "test"), "train_shards was ")):
-        done = _invoke(demo_shards, out, *more)
+        done = pretrained(demo_shards, out, *more)
         assert done.exit_code == 1 and expected in done.output, (more, done.output, done.exception)
         assert f"{out} was begun with other settings: " in done.output and "--force to begin anew" in done.output
+        assert ("--new-data to go on with these shards" in done.output) == ("shards" in expected)
         assert len(done.output.splitlines()) == 1
     assert times_of(out) == before
-    done = _invoke(demo_shards, out, "--set", "training.steps=2", "--force")
+    done = pretrained(demo_shards, out, "--set", "training.steps=2", "--force")
     assert done.exit_code == 0, done.output
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000002"] and len(_losses(out)) == 2
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000002"] and len(losses_of(out)) == 2
     assert (out / "notes.txt").exists() and len(list((out / "tensorboard").iterdir())) == 1
     assert json.loads((out / "config.json").read_text())["training"]["steps"] == 2
 
@@ -133,7 +88,7 @@ def test_other_settings_data_or_precision_are_refused_until_forced(demo_shards, 
 def test_a_run_of_before_its_inputs_were_written_down_goes_on(demo_shards, whole, tmp_path):
     shutil.copytree(whole[0], tmp_path / "run")
     (tmp_path / "run" / "inputs.json").unlink()
-    assert "at step 9 already" in _invoke(demo_shards, tmp_path / "run").output
+    assert "at step 9 already" in pretrained(demo_shards, tmp_path / "run").output
 
 
 def test_a_folder_of_something_else_is_left_alone(demo_shards, whole, tmp_path):
@@ -141,7 +96,7 @@ def test_a_folder_of_something_else_is_left_alone(demo_shards, whole, tmp_path):
     (tmp_path / "run" / "config.json").unlink()
     before = times_of(tmp_path)
     for more in ((), ("--force",)):
-        done = _invoke(demo_shards, tmp_path / "run", *more)
+        done = pretrained(demo_shards, tmp_path / "run", *more)
         assert done.exit_code == 1 and "is of no run of `avtrain pretrain`" in done.output, done.output
     assert times_of(tmp_path) == before
 
@@ -153,10 +108,10 @@ def test_sound_alone_of_two_datasets(demo_shards, avprep, ffmpeg, tmp_path):
     done = avprep("build", "--dataset", "folder", "--raw", tmp_path / "raw", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "run"
-    done = _invoke(demo_shards, out, "--shards", tmp_path / "folder" / "train", "--set", "data.modality=audio",
+    done = pretrained(demo_shards, out, "--shards", tmp_path / "folder" / "train", "--set", "data.modality=audio",
                    "--set", "training.steps=4")
     assert done.exit_code == 0, (done.output, done.exception)
-    losses = _losses(out)
+    losses = losses_of(out)
     assert losses[-1]["epoch"] == 1  # 10 + 3 clips in batches of 4
     seen = set().union(*losses)
     assert {"mep_audio", "mep_multimodal", "top1_audio", "test_masked_top1_audio"} <= seen
@@ -171,5 +126,5 @@ def test_mistakes_are_answered_in_a_line(demo_shards, tmp_path):
             ((demo_shards, tmp_path / "run", "--set", "data.segment_frames=5"), "must divide"),
             ((demo_shards, tmp_path / "run", "--preset", "huge"), "known are"),
             ((demo_shards, tmp_path / "run", "--device", "cuda:7"), "--device cuda:7")):
-        done = _invoke(*arguments)
+        done = pretrained(*arguments)
         assert done.exit_code == 1 and expected in done.output, (arguments, done.output, done.exception)
