@@ -178,7 +178,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
 
         run.train(step, halves, nullcontext, dict)
         results.append(network.weight.detach().clone())
-        [(_, loss, twice)] = _losses(tmp_path / str(parts))
+        [(_, loss, twice)] = losses_of(tmp_path / str(parts))
         figures.append((loss, twice))
     assert torch.allclose(results[0], results[1], atol=1e-7)
     assert figures[1] == pytest.approx(figures[0], rel=1e-4)
@@ -190,7 +190,7 @@ def test_gradients_are_scaled_down_to_the_norm_that_is_set(tmp_path, clip_norm):
     before = network.weight.detach().clone()
     run = Run(RunFolder(tmp_path), {"network": network}, torch.optim.SGD(network.parameters(), lr=1.0, fused=True),
               replace(CONFIG, steps=1, warmup=0.0, learning_rate=1.0, clip_norm=clip_norm), lambda folder: None)
-    run.train(lambda batch, part: (3 * network.weight.sum(), {}), _Batches(), nullcontext, dict)
+    run.train(lambda batch, part: (3 * network.weight.sum(), {}), Batches(), nullcontext, dict)
     norm = 3 * 8**0.5
     wanted = min(norm, clip_norm or norm)
     assert float((network.weight.detach() - before).norm()) == pytest.approx(wanted, rel=1e-4)

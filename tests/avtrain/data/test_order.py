@@ -70,7 +70,12 @@ def test_a_batch_that_does_not_come_out_even_is_refused_with_a_number_that_does(
 class Names:
     """Batches that hold the names of their clips; one clip is a piece."""
 
-    def __getitems__(self, wanted):
+    timeout_s = 60
+
+    def name_of(self, one):
+        return str(one)
+
+    def __getitems__(self, wanted, begins=int):
         names = [f"{one.place.shard}/{one.place.position}@{one.epoch}" for one in wanted]
         present = torch.ones(len(wanted), 1, dtype=torch.bool)
         nothing = torch.zeros(len(wanted), 1)
