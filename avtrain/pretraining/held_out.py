@@ -26,7 +26,7 @@ from avtrain.pretraining.draw import Clips, drawn, planned
 from avtrain.pretraining.module import Pretraining, inputs_of
 from avtrain.pretraining.noise import hashed
 from avtrain.pretraining.objectives import AUDIO, VISUAL, present_rows, shared_group
-from avtrain.runtime import Runtime, at_least_float32
+from avtrain.runtime import Runtime, at_least_float32, without_autocast
 
 CANDIDATES = 100
 _SEED = 12_345
@@ -188,7 +188,7 @@ def hits_among(predictor: nn.Module, outputs: Tensor, pool: Tensor, candidates: 
     """
     prediction, projected = predictor(outputs, pool)
     hits = candidates.new_zeros(())
-    with torch.autocast(pool.device.type, enabled=False):
+    with without_autocast(pool):
         for some in torch.arange(len(outputs)).split(max(1, _AT_ONCE // (candidates.shape[1] * pool.shape[1]))):
             first, last = int(some[0]), int(some[-1]) + 1
             among = at_least_float32(projected[candidates[first:last]])
