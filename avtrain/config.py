@@ -213,6 +213,8 @@ class TrainingConfig:
     """Steps between lines of metrics; a line has the figures of its own step."""
     evaluate_every: Count = 5000
     """Steps between evaluations on held-out clips, each after a checkpoint."""
+    held_out_clips: Count = 2048
+    """Held-out clips of an evaluation, at most; the same ones every time, evenly taken from all held-out shards."""
     save_every: Count = 1000
     """Steps between checkpoints."""
     save_minutes: Amount = 30.0

@@ -155,17 +155,19 @@ class Objectives(nn.Module):
         Returns:
             (n, candidates) logits, float32 at the least.
         """
-        of_predictor = {"visual": tokens.visual_tokens, "audio": tokens.audio_tokens}.get(predictor)
-        if of_predictor is None:
-            assert tokens.multimodal_tokens is not None
-            of_predictor = tokens.multimodal_tokens.chunk(2, 1)[VISUAL if predictor.endswith("visual") else AUDIO]
-        head = self.predictors[predictor]
-        assert isinstance(head, Predictor)
-        prediction, projected = head(of_predictor[:, 1:].flatten(0, 1)[outputs], embeddings)
+        prediction, projected = self.predictors[predictor](self.outputs(tokens, predictor)[outputs], embeddings)
         with without_autocast(prediction):
             # All products, then a choice: no copies of its candidates for every position.
             products: Tensor = at_least_float32(prediction) @ at_least_float32(projected).mT
             return products.gather(1, candidates)
+
+    def outputs(self, tokens: Tokens, predictor: str) -> Tensor:
+        """(rows * segments, D): what the Transformer that a predictor belongs to gives for each segment."""
+        of_predictor = {"visual": tokens.visual_tokens, "audio": tokens.audio_tokens}.get(predictor)
+        if of_predictor is None:
+            assert tokens.multimodal_tokens is not None
+            of_predictor = tokens.multimodal_tokens.chunk(2, 1)[VISUAL if predictor.endswith("visual") else AUDIO]
+        return of_predictor[:, 1:].flatten(0, 1)
 
     def pair_logits(self, tokens: Tokens) -> Tensor:
         """The pair classifier at every time.
