@@ -34,6 +34,7 @@ else:
 PRESET_FOLDER = Path(__file__).parent / "presets"
 Modality = Literal["visual", "audio", "both"]
 HOW_MADE = ("workers", "timeout_s")  # fields of `data` that say how batches are made, and change none
+HOW_DIVIDED = ("micro_batch",)  # of `training`, how processes share a batch: those of a run may change in number
 WHEN_LOOKED_AT = ("log_every", "evaluate_every", "save_every", "save_minutes", "keep")  # of `training`, likewise
 
 

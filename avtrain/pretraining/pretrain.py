@@ -15,12 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from avtrain import ranks
 from avtrain.checkpoints.ours import save_model
-from avtrain.config import HOW_MADE, WHEN_LOOKED_AT, Config, config_from, config_to
+from avtrain.config import HOW_DIVIDED, HOW_MADE, WHEN_LOOKED_AT, Config, config_from, config_to
 from avtrain.data.cache import check_limit
 from avtrain.data.clips import ClipDataset
 from avtrain.data.handover import check_room
 from avtrain.data.loader import Batch, Epochs, clips_of_piece
-from avtrain.data.order import ClipPlace, Wanted, cut_of, epoch_order
+from avtrain.data.order import ClipPlace, Cut, Wanted, cut_of, epoch_order
 from avtrain.data.shards import open_folders
 from avtrain.data.storage import is_remote
 from avtrain.data.stream import Streams, stream_order
@@ -38,14 +38,19 @@ from avtrain.runtime import Runtime, seed_everything
 
 _INPUTS = "inputs.json"
 _SHARDS = ("train_shards", "test_shards")
+_AT_ONCE = "clips_at_once"  # of all processes: those that BatchNorm, wrong pairs and negatives see
 _START_CLIPS = 8  # that the projections' start values are taken from
 _LOG = logging.getLogger(__name__)
+
+
+def _cut(config: Config) -> Cut:
+    return cut_of(config.training.batch_size, config.training.micro_batch, ranks.rank(), ranks.ranks())
 
 
 def epochs_of(dataset: ClipDataset, config: Config, pin_memory: bool = False) -> Epochs:
     """Every clip once an epoch, in the order that the seed gives."""
     folder, training, data = dataset.folder, config.training, config.data
-    cut = cut_of(training.batch_size, training.micro_batch, ranks.rank(), ranks.ranks())
+    cut = _cut(config)
     streams = Streams(cut, clips_of_piece(dataset, [Wanted(ClipPlace(0, 0), 0)]), max(1, data.workers))
     if data.order == "exact":
         check_limit([shard.size for shard in folder.shards if is_remote(shard.url)], data.shards_at_once)
@@ -102,7 +107,8 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     test_folder = open_folders(test, labelled=False) if test else None
     folder = RunFolder(out)
     inputs = {"precision": str(runtime.autocast_dtype or runtime.dtype), "train_shards": train_folder.fingerprint,
-              "test_shards": test_folder.fingerprint if test_folder else None}
+              "test_shards": test_folder.fingerprint if test_folder else None,
+              _AT_ONCE: str(_cut(config).at_once)}
     if config.data.order == "stream":  # which the order depends on
         inputs["streams"] = f"{ranks.ranks()} x {max(1, config.data.workers)}"
     if force:
@@ -135,7 +141,7 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     if before != inputs and ranks.rank() == 0:
         run.save(folder.due())  # from now on the position is one in the new data
         write_settings(out / _INPUTS, inputs)
-        _LOG.warning("%s", _other_shards(run, supply, before, inputs))
+        _LOG.warning("%s: from step %d on with %s", out, run.position.step, _other_inputs(run, supply, before, inputs))
     pairs = config.objectives.pair > 0 and config.model.fusion != "late"
     draws: list[Draw] = []
 
@@ -209,21 +215,28 @@ def _check_same(folder: RunFolder, config: Config, inputs: dict[str, str | None]
         raise AvtrainError(f"{checkpoint} is of no run of `avtrain pretrain`, for {path} is not there: choose another "
                            "folder with --out")
     before, now = config_to(config_from(read_settings(path), str(path))), config_to(config)
-    for section, names in (("data", HOW_MADE), ("training", WHEN_LOOKED_AT)):
+    for section, names in (("data", HOW_MADE), ("training", WHEN_LOOKED_AT + HOW_DIVIDED)):
         before[section] |= {name: now[section][name] for name in names}
     # Runs of earlier versions have not written down their inputs.
     had: dict[str, str | None] = inputs | (read_settings(of_inputs) if of_inputs.is_file() else {})
     shards_change = any(had[name] != inputs[name] for name in _SHARDS)
-    check_settings(folder.path, before | had | ({name: inputs[name] for name in _SHARDS} if new_data else {}),
-                   now | inputs, "--new-data to go on with these shards, --force" if shards_change else "--force")
+    may_change = {_AT_ONCE: inputs[_AT_ONCE]} | ({name: inputs[name] for name in _SHARDS} if new_data else {})
+    check_settings(folder.path, before | had | may_change, now | inputs,
+                   "--new-data to go on with these shards, --force" if shards_change else "--force")
     return had
 
 
-def _other_shards(run: Run, supply: Epochs, before: dict[str, str | None], inputs: dict[str, str | None]) -> str:
-    epoch = run.position.clips // len(supply)
-    begins = before["train_shards"] != inputs["train_shards"]
-    what = f"other shards, and epoch {epoch} begins on them" if begins else "other held-out shards"
-    return f"{run.folder.path}: from step {run.position.step} on with {what}"
+def _other_inputs(run: Run, supply: Epochs, before: dict[str, str | None], inputs: dict[str, str | None]) -> str:
+    """What differs from what the run has had so far."""
+    found = []
+    if before["train_shards"] != inputs["train_shards"]:
+        found.append(f"other shards, and epoch {run.position.clips // len(supply)} begins on them")
+    elif before["test_shards"] != inputs["test_shards"]:
+        found.append("other held-out shards")
+    if before[_AT_ONCE] != inputs[_AT_ONCE]:
+        found.append(f"{inputs[_AT_ONCE]} clips at once instead of {before[_AT_ONCE]}: BatchNorm, wrong pairs and "
+                     "negatives see these")
+    return "; ".join(found)
 
 
 def _clear(folder: RunFolder) -> None:
