@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from avtrain.data import cache
+from avtrain.data.handover import forking, listening
 from avtrain.data.shards import Shard
 from avtrain.data.storage import is_remote
 from avtrain.errors import AvtrainError
@@ -32,7 +33,8 @@ def fetched_ahead(items: Iterable[Sequence[Any]], shards: Sequence[Shard]) -> It
     receiving, sending = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=_fetch, args=(receiving, sending, shards),
                                                            daemon=True)
-    process.start()
+    with forking():
+        process.start()
     receiving.close()
     room = min(_AHEAD_BYTES, cache.limit_bytes() / 2)
     waiting: deque[Sequence[Any]] = deque()
@@ -71,8 +73,8 @@ def _next(waiting: deque[Sequence[Any]], wanted: Counter[int]) -> Sequence[Any]:
 def _fetch(asked: Connection, asking: Connection, shards: Sequence[Shard]) -> None:
     """In the process beside the run: fetch what is asked for, one after the other, until nobody can ask any more."""
     asking.close()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # an unfinished file is then removed
     with suppress(KeyboardInterrupt, EOFError):
+        listening(signal.default_int_handler)  # an unfinished file is then removed
         while True:
             shard = shards[asked.recv()]
             with suppress(AvtrainError):

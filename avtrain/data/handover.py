@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -34,6 +35,7 @@ AHEAD = 2  # batches that each worker makes ahead
 LOOK_S = 1.0  # between two looks at workers whose batch is awaited
 _PATIENCE_S = 5  # for a process that ends
 _LOG = logging.getLogger(__name__)
+_OURS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # signals that the main process listens to
 _SHARED_MEMORY = "/dev/shm"
 _WITHOUT = "or make them without workers: --set data.workers=0"
 _MORE_ROOM = f"give it more (docker run --shm-size=2g, or --ipc=host), {_WITHOUT}"
@@ -131,14 +133,33 @@ def check_room(wanted_bytes: int) -> None:
                            f"ahead can take {wanted_bytes / 2**20:.0f} MiB: {_MORE_ROOM}")
 
 
+@contextmanager
+def forking() -> Iterator[None]:
+    """Processes that are begun inside hear no signal until they have said what it means to them: see `listening`.
+
+    With the handlers of this process, an exception could carry a copy of it out of where it was forked, and on.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OURS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def listening(ends: Callable[[int, Any], Any]) -> None:
+    """In a process that was begun so: `ends` is what SIGTERM does."""
+    # What ends or stops the whole group of processes is for the main one to hear: it still needs this one's work.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, ends)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _OURS)
+
+
 def begin(worker: int) -> None:
     """The start of a worker process."""
     torch.set_num_threads(1)
-    # What ends or stops the whole group of processes is for the main one to hear: it still needs this one's batches.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # A worker that is told to end unwinds first: an unfinished download leaves nothing behind.
-    signal.signal(signal.SIGTERM, _unwind)
+    listening(_unwind)
 
 
 def _unwind(number: int, frame: object) -> None:
@@ -316,7 +337,8 @@ def _started(loader: DataLoader[Any]) -> Any:
     writing a checkpoint.
     """
     handler = signal.getsignal(signal.SIGCHLD)
-    supply = iter(loader)
+    with forking():
+        supply = iter(loader)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
     return supply

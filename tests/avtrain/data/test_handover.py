@@ -270,3 +270,42 @@ def test_no_process_is_left():
     next(supply)
     supply.close()
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("end", ["the fetcher", "the workers"])
+def test_who_is_ended_while_it_begins_ends_and_is_no_copy_of_this_process(tmp_path, end):
+    """The handlers of signals that a run has are in place when its processes are forked."""
+    code = f"""
+import os, signal, sys, time
+sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}
+from avtrain.data import ahead
+from avtrain.data.shards import Shard
+from avtrain.errors import AvtrainError
+from avtrain.stopping import Interrupted, Stopping
+from avtrain.data.loader import batches
+from test_handover import _Made, _items
+
+def ended_at_once(fork=os.fork):
+    pid = fork()
+    if pid == 0:
+        os.kill(os.getpid(), signal.SIGTERM)  # it is told to end before it could say what that means
+    return pid
+
+os.fork = ended_at_once
+far = [Shard("http://127.0.0.1:9/none.tar", 1, 10, "0")]
+with Stopping(None) as stop:
+    for number in range(2):
+        try:
+            with stop.interruptible():
+                if {end == "the fetcher"}:
+                    list(ahead.fetched_ahead([], far))
+                else:
+                    next(batches(_Made(), _items(2), 2))
+        except (Interrupted, AvtrainError):  # both workers were lost, twice
+            pass
+with open({str(tmp_path / "ended")!r}, "a") as file:
+    file.write(f"{{os.getpid()}}\\n")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "ended").read_text().splitlines()) == 1
