@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
@@ -18,6 +19,9 @@ for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
 import fsspec  # noqa: E402
+# A shell ignores Ctrl-C for what it runs in the background, and tests send it to processes that they begin.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 import pytest  # noqa: E402
 from click.testing import CliRunner  # noqa: E402
 from made_media import make_media  # noqa: E402

@@ -28,6 +28,7 @@ def test_auto_takes_what_a_cpu_has(monkeypatch, has, expected):
     assert choose_runtime("cpu", "float16").scaled
 
 
+@pytest.mark.slow
 def test_float16_trains_as_float32_does_and_goes_on_exactly(demo_shards, tmp_path):
     def lines(name, precision, *more):
         wanted = [*NETWORK, "training.batch_size=4", "training.steps=8", "training.evaluate_every=4"]

@@ -31,7 +31,8 @@ def long(demo_shards, tmp_path_factory):
 
 @pytest.mark.seconds
 @pytest.mark.parametrize(("number", "to_group", "code"), [
-    (signal.SIGTERM, True, 143), (signal.SIGUSR1, False, 0), (signal.SIGINT, True, 130)])
+    (signal.SIGTERM, True, 143), pytest.param(signal.SIGUSR1, False, 0, marks=pytest.mark.slow),
+    pytest.param(signal.SIGINT, True, 130, marks=pytest.mark.slow)])
 def test_a_signal_stops_with_a_checkpoint_and_the_same_command_goes_on(demo_shards, long, tmp_path, number, to_group,
                                                                        code):
     out = tmp_path / "run"
@@ -69,7 +70,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_losses(demo_shards, whole, 
     assert losses_of(out) == losses_of(whole[0]), seed
 
 
-@pytest.mark.parametrize("step", [3, 9])
+@pytest.mark.parametrize("step", [3, pytest.param(9, marks=pytest.mark.slow)])
 def test_an_evaluation_that_was_cut_off_is_made_up(demo_shards, tmp_path, monkeypatch, step):
     """Step 9 is the last one, where nothing else is left to do."""
     settings = ("--set", "training.evaluate_every=3")
@@ -91,7 +92,7 @@ def test_an_evaluation_that_was_cut_off_is_made_up(demo_shards, tmp_path, monkey
     assert losses_of(out) == losses_of(tmp_path / "whole")
 
 
-@pytest.mark.seconds
+@pytest.mark.slow
 def test_workers_that_are_killed_are_replaced(demo_shards, long, tmp_path):
     out, killed = tmp_path / "run", set()
     with started(demo_shards, out, *LONG, "--set", "data.workers=2") as process:

@@ -33,8 +33,8 @@ def test_killed_and_resumed_gives_the_same_predictions(tree, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr("avtrain.transfer.finetune._SAVE_EVERY", 4)
 
-        def save_and_die(run):
-            save(run)
+        def save_and_die(run, *rest):
+            save(run, *rest)
             if run.position.step == 8:
                 raise KeyboardInterrupt
 
@@ -57,7 +57,7 @@ def test_stopped_during_its_first_checkpoint_it_begins_again_by_itself(tree, tmp
             raise KeyboardInterrupt
 
         patch.setattr("avtrain.transfer.finetune._SAVE_EVERY", 4)
-        patch.setattr("avtrain.run_folder.torch.save", killed)
+        patch.setattr("avtrain.saved_state.torch.save", killed)
         assert run_eval(tree, tmp_path, "ucf101", *options, "--seed", "1").exit_code == 130
     assert [path.name for path in (tmp_path / "split-2/checkpoints").iterdir()] == ["step-000004.part"]
     with (tmp_path / "split-2/metrics.jsonl").open("a") as file:
