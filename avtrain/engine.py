@@ -74,19 +74,22 @@ class Run:
         config: schedule, intervals, clipping.
         save_weights: writes what others use of a checkpoint (the model's own file) into its folder.
         scaled: losses are scaled, as float16 needs it.
+        mfu_of_clip_per_s: the share of the device's arithmetic that one clip a second takes, where that is known.
 
     Raises:
         ValueError: the optimiser is not a fused one.
     """
 
     def __init__(self, folder: RunFolder, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer,
-                 config: TrainingConfig, save_weights: Callable[[Path], None], scaled: bool = False) -> None:
+                 config: TrainingConfig, save_weights: Callable[[Path], None], scaled: bool = False,
+                 mfu_of_clip_per_s: float | None = None) -> None:
         if not all(group.get("fused") for group in optimizer.param_groups):
             raise ValueError("a fused optimiser is wanted: others would take steps that are not finite")
         self.folder, self.modules, self.config = folder, modules, config
         self.position = Position()
         self.bad_steps = 0  # the last ones, in a row, that were not finite
         self._optimizer, self._save_weights = optimizer, save_weights
+        self._mfu_of_clip_per_s = mfu_of_clip_per_s
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._scale = LossScale(self._parameters[0].device) if scaled else None
         self._data: dict[str, Any] = {}  # what the position's clips are counted in
@@ -160,14 +163,17 @@ class Run:
                 raise self._diverged()
             line = {name: float(value) for name, value in figures.items()}
             line |= {"epoch": self.position.clips // len(batches), "learning_rate": rate,
-                     "gradient_norm": float(norm), **span.figures(), "memory_mib": _memory_mib(),
+                     "gradient_norm": float(norm), **span.figures(self._mfu_of_clip_per_s), "memory_mib": _memory_mib(),
                      "skipped_steps": self.position.skipped_steps}
             self._late = saves and self.bad_steps > 0 and not ends
+            # A line is there before its checkpoint, or is kept in it until its evaluation is done.
+            if logs and not evaluates and first:
+                self._log(line, writer)
             if saves and not self._late:
                 self._save(line if evaluates else None)
+            if evaluates and first:
+                self._log_evaluated(line, evaluate, stop, writer)
             if logs or evaluates:
-                if first:
-                    self._log_evaluated(line, evaluate if evaluates else None, stop, writer)
                 bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
                 span = _Span()
 
@@ -361,10 +367,12 @@ class _Span:
         """A batch came."""
         self._waited_s, self._clips = self._waited_s + waited_s, self._clips + clips
 
-    def figures(self) -> dict[str, float]:
-        """Clips a second, and the share of the time that was spent waiting for data."""
+    def figures(self, mfu_of_clip_per_s: float | None) -> dict[str, float]:
+        """Clips a second of all processes, the slowest one's share of time spent waiting for data, MFU where known."""
         elapsed_s = time.monotonic() - self._began
-        return {"clips_per_s": self._clips / elapsed_s, "waiting_share": self._waited_s / elapsed_s}
+        own = self._clips / elapsed_s
+        found = {"clips_per_s": own * ranks.ranks(), "waiting_share": ranks.largest(self._waited_s / elapsed_s)}
+        return found if mfu_of_clip_per_s is None else found | {"mfu": own * mfu_of_clip_per_s}
 
 
 def last_step(config: TrainingConfig, max_steps: int | None) -> int:

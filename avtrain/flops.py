@@ -33,6 +33,12 @@ def peak_of(device: torch.device, precision: torch.dtype | None) -> float | None
     return peak_tflops(torch.cuda.get_device_name(device))
 
 
+def mfu_of_clip_per_s(config: Config, device: torch.device, precision: torch.dtype | None) -> float | None:
+    """The share of a device's peak that one clip a second takes; None where that is not known."""
+    peak = peak_of(device, precision)
+    return None if peak is None else training_flop(config) / (peak * 1e12)
+
+
 def training_flop(config: Config) -> float:
     """Floating-point operations of a clip's forward and backward pass, all segments present, nothing recomputed."""
     data = config.data

@@ -19,6 +19,7 @@ for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
 import fsspec  # noqa: E402
+
 # A shell ignores Ctrl-C for what it runs in the background, and tests send it to processes that they begin.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -26,6 +26,7 @@ from avtrain.data.storage import is_remote
 from avtrain.data.stream import Streams, stream_order
 from avtrain.engine import Run, last_step
 from avtrain.errors import AvtrainError
+from avtrain.flops import mfu_of_clip_per_s
 from avtrain.models.graphs import capture, own_gradients
 from avtrain.pretraining.draw import Draw, draws_of, planned
 from avtrain.pretraining.held_out import HeldOut
@@ -126,7 +127,8 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     check_room(supply.in_flight_bytes() + (held_out.in_flight_bytes() if held_out else 0))
     modules: dict[str, nn.Module] = {"model": network.model, "objectives": network.objectives}
     run = Run(folder, modules, pretraining_optimizer(modules, training), training,
-              lambda to: save_model(to / "model.safetensors", network.model, config), runtime.scaled)
+              lambda to: save_model(to / "model.safetensors", network.model, config), runtime.scaled,
+              mfu_of_clip_per_s(config, runtime.device, runtime.autocast_dtype))
     network.train()
     if training.cuda_graphs and runtime.device.type == "cuda":
         _capture(network, config, supply.cut.micro_batch, runtime)

@@ -325,7 +325,8 @@ esac
     assert "fewer --workers" in failure["detail"] and "1 ffmpeg was killed" in done.stdout
 
 
-@pytest.mark.parametrize(("minutes", "most_bytes"), [(20, 0.85e9), pytest.param(120, 1e9, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("minutes", "most_bytes"), [(20, 0.85e9), (120, 1e9)])
 def test_memory_stays_flat_over_a_long_video(ffmpeg, tmp_path, minutes, most_bytes):
     """In under 1 GB, ffmpeg included: 0.7 GB, and 5 MB more for each clip whose sound would be kept."""
     raw = tmp_path / "raw"

@@ -92,7 +92,7 @@ def test_a_shard_that_fails_ends_all_of_them():
     assert len(begun) < 50
 
 
-@pytest.mark.seconds
+@pytest.mark.slow
 def test_results_are_not_kept():
     class Result:
         pass

@@ -40,7 +40,7 @@ def fragile(monkeypatch):
     monkeypatch.setattr(headers, "_TIMEOUT_S", 3.0)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_file_that_kills_its_reader_costs_one_line(fragile, put, tmp_path, short_video, workers):
     good = [f"{number}.mp4" for number in range(40)]  # enough for two readers
     put(short_video, *good, "segv 1.mp4", "segv 2.mp4", "exit.mp4", "talk.mp4", "hang.mp4")

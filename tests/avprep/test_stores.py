@@ -138,6 +138,7 @@ def test_a_store_that_cuts_what_is_read(bucket, s3_server, raw, built, avprep, m
     assert _files(tmp_path / "out" / "folder" / "train") == files
 
 
+@pytest.mark.slow
 def test_a_store_that_stays_away_ends_the_run_in_a_line_and_it_goes_on_later(bucket, s3_server, raw, built, avprep,
                                                                              monkeypatch):
     files, _ = built
@@ -288,7 +289,7 @@ def test_names_that_no_file_can_have_are_in_the_account(bucket, raw, avprep):
     assert done.returncode == 0 and "3 (3 a name that no file can have) skipped" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_build_that_is_ended_is_gone_on_with(bucket, raw, built, avprep, monkeypatch, tmp_path, how):
     files, _ = built
     command = ["build", *map(str, OPTIONS), "--raw", str(raw), "--out", "s3://bucket/shards", "--workers", "1"]

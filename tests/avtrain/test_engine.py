@@ -223,3 +223,23 @@ def test_a_run_that_is_there_already_does_nothing(tmp_path):
     assert again.run.go_on(Batches())
     again.train(max_steps=4)
     assert again.steps == 0 and {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_speed_is_told_as_a_share_of_the_peak_where_that_is_known(tmp_path):
+    known = Experiment(tmp_path)
+    known.run._mfu_of_clip_per_s = 0.01
+    known.train(max_steps=2)
+    lines = known.run.folder.lines()
+    assert all(line["mfu"] == pytest.approx(0.01 * line["clips_per_s"]) for line in lines)
+
+
+def test_a_position_of_an_earlier_version_is_counted_in_clips(tmp_path):
+    Experiment(tmp_path).train(max_steps=3)
+    for file in tmp_path.rglob("checkpoint.json"):
+        file.unlink()
+    path = tmp_path / "checkpoints" / "step-000003" / "training.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"position": {"step": 3, "epoch": 2, "batch": 3, "skipped_steps": 1}}, path)
+    again = Experiment(tmp_path)
+    assert again.run.go_on(Batches())
+    assert vars(again.run.position) == {"step": 3, "clips": 2 * 28 + 3 * 4, "skipped_steps": 1}

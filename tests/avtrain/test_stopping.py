@@ -141,6 +141,7 @@ def test_training_works_beside_the_main_thread(tmp_path):
     assert experiment.run.folder.last_step() == 20 and signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.slow
 def test_evaluation_and_checkpoint_are_done_when_the_time_is_up(tmp_path):
     config = replace(CONFIG, steps=10**6, log_every=10**5, evaluate_every=10**6, save_every=10**6)
     for number in range(2):  # the second call knows how long an evaluation took

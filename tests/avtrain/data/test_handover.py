@@ -272,7 +272,7 @@ def test_no_process_is_left():
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("end", ["the fetcher", "the workers"])
+@pytest.mark.parametrize("end", ["the fetcher", pytest.param("the workers", marks=pytest.mark.slow)])
 def test_who_is_ended_while_it_begins_ends_and_is_no_copy_of_this_process(tmp_path, end):
     """The handlers of signals that a run has are in place when its processes are forked."""
     code = f"""

@@ -82,9 +82,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 time.sleep(0.05)
             return None
         self.wfile.write(content)
-        if fault == "stalls":
+        if fault in ("stalls", "closes early"):  # what was sent is handed on before it breaks
             self.wfile.flush()
-            time.sleep(1)
+            time.sleep(1 if fault == "stalls" else 0.2)
         return None
 
     def _answer(self, status, headers=()):

@@ -198,6 +198,7 @@ def test_a_run_goes_on_to_the_same_losses_and_only_with_the_same_workers(demo_sh
     assert done.exit_code == 1 and "was begun with other settings" in done.output and "streams" in done.output
 
 
+@pytest.mark.slow
 def test_clips_for_anybodys_loop(demo_shards, folder):
     exact = {row.key: row for row in folder.rows}
     found = list(avtrain.clips(str(demo_shards / "train")))

@@ -83,7 +83,7 @@ def test_unfactored_layer_is_a_linear_layer() -> None:
 
 
 @pytest.mark.seconds
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_rotations_stay_orthogonal(autocast: bool) -> None:
     torch.manual_seed(0)
     rank = 128

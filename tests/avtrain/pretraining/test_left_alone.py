@@ -70,7 +70,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_losses(demo_shards, whole, 
     assert losses_of(out) == losses_of(whole[0]), seed
 
 
-@pytest.mark.parametrize("step", [3, pytest.param(9, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 9])
 def test_an_evaluation_that_was_cut_off_is_made_up(demo_shards, tmp_path, monkeypatch, step):
     """Step 9 is the last one, where nothing else is left to do."""
     settings = ("--set", "training.evaluate_every=3")
@@ -107,6 +108,7 @@ def test_workers_that_are_killed_are_replaced(demo_shards, long, tmp_path):
     assert losses_of(out) == losses_of(long)
 
 
+@pytest.mark.slow
 def test_a_clip_that_ends_workers_is_named_and_nothing_is_lost(demo_shards, whole, tmp_path, monkeypatch):
     out, fill = tmp_path / "run", ClipDataset._fill
 
@@ -171,6 +173,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_gone_on_from(demo_sh
     assert len(losses_of(out)) == 9  # nothing was begun anew by itself
 
 
+@pytest.mark.slow
 def test_checkpoints_by_the_clock_change_nothing(demo_shards, whole, tmp_path):
     out = tmp_path / "run"
     often = ("--set", "training.save_minutes=1e-6", "--set", "training.save_every=1000", "--set", "training.keep=99")
@@ -178,6 +181,7 @@ def test_checkpoints_by_the_clock_change_nothing(demo_shards, whole, tmp_path):
     assert len(list((out / "checkpoints").iterdir())) == 9 and losses_of(out) == losses_of(whole[0])
 
 
+@pytest.mark.slow
 def test_what_changes_no_result_may_change(demo_shards, whole, tmp_path):
     out = tmp_path / "run"
     assert pretrained(demo_shards, out, "--max-steps", 5).exit_code == 0
@@ -192,6 +196,7 @@ def test_what_changes_no_result_may_change(demo_shards, whole, tmp_path):
     assert _newest(out) == 9 and len(list((out / "checkpoints").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_new_data_go_on_from_the_weights_with_an_epoch_of_their_own(demo_shards, tmp_path):
     out = tmp_path / "run"
     assert pretrained(demo_shards, out, "--max-steps", 4).exit_code == 0  # in the middle of epoch 1
@@ -208,6 +213,7 @@ def test_new_data_go_on_from_the_weights_with_an_epoch_of_their_own(demo_shards,
     assert [(line["step"], line["epoch"]) for line in losses_of(out)][2:] == [(3, 1), (4, 1), (5, 2), (6, 2)]
 
 
+@pytest.mark.slow
 def test_max_time_counts_from_the_start_of_the_command(demo_shards, tmp_path, monkeypatch):
     monkeypatch.setattr("avtrain.cli.time", SimpleNamespace(monotonic=lambda: time.monotonic() - 60))
     done = pretrained(demo_shards, tmp_path / "run", "--max-time", "1")

@@ -199,7 +199,7 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.seconds
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process")
 def test_20000_rows_at_full_size_take_a_part_of_their_memory(tmp_path):
     done = subprocess.run([sys.executable, "-c", _AT_SIZE, str(tmp_path)], capture_output=True, text=True, check=False)
