@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from avtrain.config import Config
 from avtrain.models.avbert import AVBert
@@ -41,6 +40,8 @@ def mfu_of_clip_per_s(config: Config, device: torch.device, precision: torch.dty
 
 def training_flop(config: Config) -> float:
     """Floating-point operations of a clip's forward and backward pass, all segments present, nothing recomputed."""
+    from torch.utils.flop_counter import FlopCounterMode  # wants Triton's own types, which docs are built without
+
     data = config.data
     with torch.device("meta"):  # shapes are enough
         model = AVBert(replace(config.model, stages_recomputed=0))

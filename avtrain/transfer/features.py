@@ -55,9 +55,8 @@ def segment_outputs(model: AVBert, folder: ShardFolder, config: DataConfig, runt
         runtime: device and precision.
 
     Yields:
-        visual_local, audio_local: (clips, segments, D); zeros where absent.
-        multimodal: (clips, segments, D), the mean of a segment's visual and audio tokens, of those that are there; not
-            with late fusion.
+        By name: visual_local and audio_local, (clips, segments, D), zeros where absent; multimodal, of the same shape,
+        the mean of a segment's visual and audio tokens, of those that are there; not with late fusion.
 
     Raises:
         AvtrainError: shards and settings don't fit, more than 1 % of the clips can't be decoded, or outputs are not
