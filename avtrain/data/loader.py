@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -163,6 +164,34 @@ def clips_of_piece(dataset: Supplier, one: Sequence[Wanted]) -> int:
     return max(1, PIECE_BYTES // max(1, dataset.batch_bytes(one)))
 
 
+def piece_bytes_in_flight(dataset: Supplier, part: Sequence[Wanted], workers: int) -> int:
+    """Shared memory that the workers' pieces of such parts can take."""
+    return in_flight_bytes(dataset.batch_bytes(part[:clips_of_piece(dataset, part[:1])]), workers)
+
+
+def in_parts(dataset: Supplier, parts: Iterable[Sequence[Wanted]], workers: int,
+             pin_memory: bool = False) -> Iterator[Batch]:
+    """A batch for each part, put together from small pieces, so that workers hold little shared memory.
+
+    Args:
+        dataset, workers: as in `batches`.
+        parts: what each holds; they may go on without end, all with clips like the first one.
+        pin_memory: as in `joined`.
+    """
+    counts: deque[int] = deque()  # of pieces, of the parts that have been asked for
+
+    def pieces() -> Iterator[Sequence[Wanted]]:
+        for part in parts:
+            size = clips_of_piece(dataset, part[:1])
+            counts.append(-(-len(part) // size))
+            yield from (part[at:at + size] for at in range(0, len(part), size))
+
+    made = batches(dataset, pieces(), workers)
+    for piece in made:  # what it is a piece of is known once it is there
+        others = itertools.islice(made, counts.popleft() - 1)
+        yield joined([piece, *others], pin_memory)
+
+
 class Epochs:
     """The batches of a run, over the epochs and without end, in parts, from any place on.
 
@@ -183,7 +212,6 @@ class Epochs:
                  clips: int, workers: int, pin_memory: bool = False) -> None:
         self._dataset, self._clips_of, self._count, self._workers = dataset, clips_of, count, workers
         self._unreadable, self._pin_memory, self.cut = UnreadableCount(clips), pin_memory, cut
-        self._piece = clips_of_piece(dataset, clips_of(0, 0, 1))
 
     def __len__(self) -> int:
         return self._count
@@ -200,7 +228,7 @@ class Epochs:
 
     def in_flight_bytes(self) -> int:
         """Shared memory that the workers' pieces can take."""
-        return in_flight_bytes(self._dataset.batch_bytes(next(self._pieces(0))), self._workers)
+        return piece_bytes_in_flight(self._dataset, next(self._parts(0)), self._workers)
 
     def wanted(self, first: int) -> list[Wanted]:
         """What the batch of all ranks holds that begins there, so many clips from the start of the first epoch."""
@@ -212,20 +240,17 @@ class Epochs:
 
     def starting_at(self, first: int) -> Iterator[Batch]:
         """This rank's parts of the batches from there on, without end."""
-        pieces = batches(self._dataset, self._pieces(first), self._workers)
-        while True:
-            part = joined(list(itertools.islice(pieces, -(-self.cut.micro_batch // self._piece))), self._pin_memory)
+        for part in in_parts(self._dataset, self._parts(first), self._workers, self._pin_memory):
             self._unreadable.add(part.unreadable)
             yield part
 
-    def _pieces(self, first: int) -> Iterator[list[Wanted]]:
+    def _parts(self, first: int) -> Iterator[list[Wanted]]:
         cut = self.cut
         while True:
             batch = self.wanted(first)
             for of_all in range(0, cut.batch_size, cut.at_once):
                 start = of_all + cut.rank * cut.micro_batch
-                part = batch[start:start + cut.micro_batch]
-                yield from (part[at:at + self._piece] for at in range(0, len(part), self._piece))
+                yield batch[start:start + cut.micro_batch]
             first += cut.batch_size
 
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from avtrain.config import Config
 from avtrain.data.clips import ClipDataset
-from avtrain.data.handover import in_flight_bytes
-from avtrain.data.loader import Batch, UnreadableCount, batches
+from avtrain.data.loader import Batch, UnreadableCount, in_parts, piece_bytes_in_flight
 from avtrain.data.order import ClipPlace, Wanted, at_epoch, batches_of, epoch_order
 from avtrain.data.shards import ShardFolder
 from avtrain.pretraining.draw import Clips, drawn, planned
@@ -52,7 +51,7 @@ class HeldOut:
 
     def in_flight_bytes(self) -> int:
         """Shared memory that the workers' batches can take."""
-        return in_flight_bytes(self._dataset.batch_bytes(next(at_epoch(self._places, 0))), self._workers)
+        return piece_bytes_in_flight(self._dataset, next(at_epoch(self._places, 0)), self._workers)
 
     @torch.no_grad()
     def figures(self, network: Pretraining) -> dict[str, float]:
@@ -71,7 +70,7 @@ class HeldOut:
         counts: dict[str, int] = defaultdict(int)
         kept, unreadable, first = _Kept(), UnreadableCount(self._clips), 0
         parts = at_epoch(self._places, 0)
-        for wanted, batch in zip(parts, batches(self._dataset, at_epoch(self._places, 0), self._workers), strict=True):
+        for wanted, batch in zip(parts, in_parts(self._dataset, at_epoch(self._places, 0), self._workers), strict=True):
             unreadable.add(batch.unreadable)
             if batch.keys:
                 for name, value in self._seen(network, wanted, batch, first, kept).items():

@@ -226,8 +226,7 @@ def test_a_run_that_is_there_already_does_nothing(tmp_path):
 
 
 def test_speed_is_told_as_a_share_of_the_peak_where_that_is_known(tmp_path):
-    known = Experiment(tmp_path)
-    known.run._mfu_of_clip_per_s = 0.01
+    known = Experiment(tmp_path, mfu_of_clip_per_s=0.01)
     known.train(max_steps=2)
     lines = known.run.folder.lines()
     assert all(line["mfu"] == pytest.approx(0.01 * line["clips_per_s"]) for line in lines)

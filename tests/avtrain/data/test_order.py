@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from avtrain.data import loader
 from avtrain.data.loader import Batch, Epochs
 from avtrain.data.order import Cut, Wanted, cut_of, epoch_order, fixed_order
 from avtrain.errors import AvtrainError
@@ -65,6 +66,22 @@ def test_a_batch_that_does_not_come_out_even_is_refused_with_a_number_that_does(
     with pytest.raises(AvtrainError, match=message):
         cut_of(batch, micro, 0, ranks)
     assert cut_of(256, 16, 3, 8).parts == 2 and cut_of(256, None, 0, 64).micro_batch == 4
+
+
+@pytest.mark.parametrize("clips", [1, 2, 7])
+def test_a_part_is_put_together_from_pieces_however_large_they_are(monkeypatch, clips):
+    parts = [[Wanted(place, 0) for place in epoch_order([4, 9], 0, 0, 2)][first:first + 6] for first in (0, 6, 12)]
+    monkeypatch.setattr(loader, "PIECE_BYTES", clips * 30 * 2**20)
+    for workers in (0, 2):
+        made = list(loader.in_parts(Names(), parts, workers))
+        assert [batch.keys for batch in made] == [Names().__getitems__(part).keys for part in parts]
+        assert [batch.places for batch in made] == [list(range(6)), list(range(6)), [0]]
+
+
+def test_workers_hold_little_shared_memory_however_large_a_part_is():
+    part = [Wanted(place, 0) for place in fixed_order([256])]
+    for clips in (16, 256):
+        assert 0 < loader.piece_bytes_in_flight(Names(), part[:clips], 8) < 1e9  # a clip has 30 MB here
 
 
 class Names:

@@ -6,7 +6,6 @@ which sound was exchanged) shows here: as masked top-1 or pair accuracy over cha
 
 import made_up
 import pytest
-import torch
 
 MICRO_BATCHES = ("training.micro_batch=4",)
 PAPER = ("model.visual_width=4", "model.audio_width=4")  # its CNNs have 16 blocks
@@ -70,15 +69,6 @@ TOGETHER = {
     "everything, paper": (made_up.everything, {"preset": "paper", "settings": PAPER}),
 }
 SLOW = {name: (made_up.noise, options) for name, options in DIMENSIONS.items()} | TOGETHER
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The tensors are so small that a second thread only costs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _stays_at_chance(folder, make, options, steps):

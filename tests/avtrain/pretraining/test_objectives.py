@@ -15,15 +15,6 @@ SMALL = {"visual_width": 4, "visual_blocks": (1,), "audio_width": 4, "audio_bloc
          "dimension": 16, "layers": 1, "heads": 2, "feedforward": 32, "rank": 4, "dropout": 0.0, "max_segments": 6}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The tensors are so small that a second thread only costs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def _setup(fusion="mid", batch=6, segments=5, **objectives):
     torch.manual_seed(0)
     model = AVBert(ModelConfig(**SMALL, fusion=fusion))
