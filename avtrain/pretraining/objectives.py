@@ -100,7 +100,8 @@ class Objectives(nn.Module):
                 if count:
                     choices = usable[some].sum(1).to(logits.dtype)
                     parts[part] = losses[part].detach()
-                    parts[f"top1_{predictor}"] = share((logits.argmax(1) == 0).to(logits.dtype))
+                    alone_first = (logits[:, :1] > logits[:, 1:]).all(1)  # a tie is no hit
+                    parts[f"top1_{predictor}"] = share(alone_first.to(logits.dtype))
                     chances[f"top1_{predictor}"] = share(1 / choices)
                     chances[part] = chances.get(part, zero.detach()) + share(choices.log())
         weights = {"mep_visual": config.mep_visual, "mep_audio": config.mep_audio,

@@ -81,6 +81,7 @@ def test_chances_are_what_a_model_that_knows_nothing_gets(batch):
     others = min(16, 5 * batch - 1)
     for name in ("top1_visual", "top1_multimodal_audio"):
         assert 1 / (1 + others) - 1e-6 <= float(result.chances[name]) <= 1 / (0.8 * others)
+        assert float(result.parts[name]) == 0  # all scores are the same: a tie is no hit
     always = []
     for bias in (-1.0, 1.0):
         nn.init.constant_(objectives.pair.projection.bias, bias)
