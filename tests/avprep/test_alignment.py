@@ -14,15 +14,15 @@ MEL_FRAME_S = 690 / 44_100
 
 
 def _flash_and_click(ffmpeg, path, fps, video_starts_s, audio_starts_s, variable=False):
-    """8 s of black and silence with a flash and a click at EVENT_S on the common time line."""
+    """6 s of black and silence with a flash and a click at EVENT_S on the common time line."""
     flash_s = EVENT_S - video_starts_s
     flash = f"drawbox=color=white:t=fill:enable='between(t,{flash_s},{flash_s + 0.4})'"
     drop = ",select='not(eq(mod(n,7),2)+eq(mod(n,5),1))'" if variable else ""
     click_s = EVENT_S - audio_starts_s
-    ffmpeg("-itsoffset", video_starts_s, "-f", "lavfi", "-i", f"color=black:s=160x120:r={fps}:d=8,{flash}{drop}",
+    ffmpeg("-itsoffset", video_starts_s, "-f", "lavfi", "-i", f"color=black:s=160x120:r={fps}:d=6,{flash}{drop}",
            "-itsoffset", audio_starts_s, "-f", "lavfi",
-           "-i", f"aevalsrc='if(between(t,{click_s},{click_s + 0.2}),0.9*sin(2*PI*1000*t),0)':s=48000:d=8",
-           "-map", "0:v", "-map", "1:a", "-c:v", "libx264", "-fps_mode", "vfr" if variable else "passthrough",
+           "-i", f"aevalsrc='if(between(t,{click_s},{click_s + 0.2}),0.9*sin(2*PI*1000*t),0)':s=48000:d=6",
+           "-map", "0:v", "-map", "1:a", "-c:v", "libx264", "-preset", "ultrafast", "-fps_mode", "vfr" if variable else "passthrough",
            "-c:a", "pcm_s16le", path)
 
 
@@ -80,7 +80,7 @@ def test_second_window_is_aligned_too(ffmpeg, avprep, tmp_path):
             bright = [frame.to_ndarray(format="gray").mean() > 128 for frame in container.decode(video=0)]
         loud = np.load(io.BytesIO(members["logmel.npy"])).astype(np.float32).max(axis=0) > 0
         found[key] = (bright, loud)
-    assert sorted(found) == ["x-0000", "x-0001", "x-0002", "x-0003"]
+    assert sorted(found) == ["x-0000", "x-0001", "x-0002"]
     assert not any(found["x-0000"][0]) and not found["x-0000"][1].any()
     bright, loud = found["x-0001"]  # 2 s to 4 s: the event comes in its middle
     assert abs(bright.index(True) / 16 - 1.0) <= 1 / 16

@@ -124,57 +124,73 @@ def test_verify_accepts_media_shards_and_names_a_damaged_one(media_shards, avpre
     assert done.returncode == 1 and "train-000000.tar: missing" in done.stdout
 
 
+SHARD_MB = 0.08
+
+
 @pytest.fixture(scope="module")
-def undisturbed(demo_shards):
-    """The small demo's train split in several shards, built by one worker in one go."""
-    content = {f"demo/train/{name}": of_file for name, of_file in _bytes_of(demo_shards / "train").items()}
+def brief(small_demo, ffmpeg, tmp_path_factory):
+    """The first 8 s of the small demo's ten training videos. To be read only."""
+    raw = tmp_path_factory.mktemp("brief") / "raw"
+    for path in sorted(small_demo.glob("train/*/*.mp4")):
+        place = raw / path.relative_to(small_demo)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        ffmpeg("-i", path, "-t", 8, "-c", "copy", place)
+    return raw
+
+
+@pytest.fixture(scope="module")
+def undisturbed(brief, avprep, tmp_path_factory):
+    """Its train split in several shards, built by one worker in one go."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    assert _build(avprep, brief, out, 1).returncode == 0
+    content = _bytes_of(out)
     assert sum(name.endswith(".tar") for name in content) >= 4
     return content
 
 
 def _build(avprep, raw, out, workers, *more):
-    return avprep("build", "--dataset", "demo", "--raw", raw, "--out", out, "--shard-mb", 0.3, "--workers", workers,
-                  *more)
+    return avprep("build", "--dataset", "demo", "--raw", raw, "--out", out, "--shard-mb", SHARD_MB, "--workers",
+                  workers, *more)
 
 
-def test_same_bytes_with_other_workers_and_a_second_run_does_nothing(small_demo, avprep, undisturbed, tmp_path):
-    assert _build(avprep, small_demo, tmp_path, 3).returncode == 0
+def test_same_bytes_with_other_workers_and_a_second_run_does_nothing(brief, avprep, undisturbed, tmp_path):
+    assert _build(avprep, brief, tmp_path, 3).returncode == 0
     assert _bytes_of(tmp_path) == undisturbed
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")}
-    again = _build(avprep, small_demo, tmp_path, 2)
+    again = _build(avprep, brief, tmp_path, 2)
     assert "all shards were there already" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")} == before
     assert _bytes_of(tmp_path) == undisturbed
-    forced = _build(avprep, small_demo, tmp_path, 2, "--force")
+    forced = _build(avprep, brief, tmp_path, 2, "--force")
     assert forced.returncode == 0 and _bytes_of(tmp_path) == undisturbed
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")} != before
 
 
-def test_killed_at_five_random_moments(small_demo, avprep, undisturbed, tmp_path):
-    command = [sys.executable, "-m", "avprep.cli", "build", "--dataset", "demo", "--raw", str(small_demo), "--out",
-               str(tmp_path), "--shard-mb", "0.3", "--workers", "2"]
+def test_killed_at_five_random_moments(brief, avprep, undisturbed, tmp_path):
+    command = [sys.executable, "-m", "avprep.cli", "build", "--dataset", "demo", "--raw", str(brief), "--out",
+               str(tmp_path), "--shard-mb", str(SHARD_MB), "--workers", "2"]
     moments = random.Random(0)
     killed = 0
     for _ in range(5):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(moments.uniform(0.5, 4))  # an undisturbed build takes 4 to 6 s
+        time.sleep(moments.uniform(0.5, 3))  # an undisturbed build takes 3 to 4 s, half of it to load what it needs
         killed += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
         for path in tmp_path.rglob("*.tar"):  # what stands under its final name is whole
             assert path.read_bytes() == undisturbed[path.relative_to(tmp_path).as_posix()]
     assert killed >= 2
-    assert _build(avprep, small_demo, tmp_path, 2).returncode == 0
+    assert _build(avprep, brief, tmp_path, 2).returncode == 0
     assert _bytes_of(tmp_path) == undisturbed
     assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("scratch/*"))
 
 
-def test_ctrl_c_exits_with_130_and_loses_nothing(small_demo, avprep, undisturbed, tmp_path):
+def test_ctrl_c_exits_with_130_and_loses_nothing(brief, avprep, undisturbed, tmp_path):
     # Tests that run as a shell's background job ignore Ctrl-C, and what they start inherits that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
-        [sys.executable, "-m", "avprep.cli", "build", "--dataset", "demo", "--raw", str(small_demo), "--out",
-         str(tmp_path), "--shard-mb", "0.3", "--workers", "1"], stderr=subprocess.PIPE, text=True)
+        [sys.executable, "-m", "avprep.cli", "build", "--dataset", "demo", "--raw", str(brief), "--out",
+         str(tmp_path), "--shard-mb", str(SHARD_MB), "--workers", "1"], stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 60
     while not list(tmp_path.rglob(".build/train-*.json")) and time.monotonic() < deadline:
@@ -186,14 +202,14 @@ def test_ctrl_c_exits_with_130_and_loses_nothing(small_demo, avprep, undisturbed
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")
                 if (path.parent / ".build" / f"{path.stem}.json").exists()}  # written after the tar
     assert 0 < len(finished) < sum(name.endswith(".tar") for name in undisturbed)
-    done = _build(avprep, small_demo, tmp_path, 2)
+    done = _build(avprep, brief, tmp_path, 2)
     assert done.returncode == 0 and _bytes_of(tmp_path) == undisturbed
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
 
 
-def test_changed_files_and_spec_are_built_anew(small_demo, avprep, undisturbed, tmp_path):
+def test_changed_files_and_spec_are_built_anew(brief, avprep, undisturbed, tmp_path):
     raw = tmp_path / "raw"
-    shutil.copytree(small_demo, raw)
+    shutil.copytree(brief, raw)
     assert _build(avprep, raw, tmp_path / "out", 2).returncode == 0
     next(iter((raw / "train" / "turn").iterdir())).unlink()
     done = _build(avprep, raw, tmp_path / "out", 2)
@@ -214,11 +230,11 @@ def _listed(folder):
     return [entry["url"] for entry in _index(folder)["shardlist"]]
 
 
-def test_a_forced_build_of_fewer_files_leaves_only_its_own_tars(small_demo, avprep, tmp_path):
+def test_a_forced_build_of_fewer_files_leaves_only_its_own_tars(brief, avprep, tmp_path):
     folder = tmp_path / "demo" / "train"
-    assert _build(avprep, small_demo, tmp_path, 2).returncode == 0
+    assert _build(avprep, brief, tmp_path, 2).returncode == 0
     before = _tars(folder)
-    assert _build(avprep, small_demo, tmp_path, 2, "--limit", 2, "--force").returncode == 0
+    assert _build(avprep, brief, tmp_path, 2, "--limit", 2, "--force").returncode == 0
     assert _tars(folder) == _listed(folder) and 0 < len(_tars(folder)) < len(before)
 
 
@@ -260,14 +276,14 @@ def test_killed_between_a_tar_and_its_marker(ffmpeg, avprep, tmp_path, monkeypat
     assert checked.returncode == 0, checked.stdout
 
 
-def test_only_one_build_at_a_time(small_demo, avprep_process, tmp_path):
+def test_only_one_build_at_a_time(brief, avprep_process, tmp_path):
     import fcntl
 
     state = tmp_path / "demo" / "train" / ".build"
     state.mkdir(parents=True)
     with (state / "lock").open("w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
-        done = _build(avprep_process, small_demo, tmp_path, 1)
+        done = _build(avprep_process, brief, tmp_path, 1)
     assert done.returncode == 1 and "another avprep build" in done.stderr
 
 
@@ -359,14 +375,14 @@ def _tree_bytes(pid):
     return total
 
 
-def test_ray_gives_the_same_bytes(small_demo, avprep_process, undisturbed, tmp_path):
+def test_ray_gives_the_same_bytes(brief, avprep_process, undisturbed, tmp_path):
     pytest.importorskip("ray", reason="ray is an extra: pip install '.[ray]'")
-    done = _build(avprep_process, small_demo, tmp_path, 2, "--executor", "ray")
+    done = _build(avprep_process, brief, tmp_path, 2, "--executor", "ray")
     assert done.returncode == 0, done.stderr
     assert _bytes_of(tmp_path) == undisturbed
 
 
-def test_ray_absent_is_said(small_demo, avprep, tmp_path, monkeypatch):
+def test_ray_absent_is_said(brief, avprep, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)  # importing it fails
-    hidden = avprep("build", "--dataset", "demo", "--raw", small_demo, "--out", tmp_path / "out", "--executor", "ray")
+    hidden = avprep("build", "--dataset", "demo", "--raw", brief, "--out", tmp_path / "out", "--executor", "ray")
     assert hidden.returncode == 1 and "pip install" in hidden.stderr and "Traceback" not in hidden.stderr
