@@ -22,8 +22,8 @@ def _flash_and_click(ffmpeg, path, fps, video_starts_s, audio_starts_s, variable
     ffmpeg("-itsoffset", video_starts_s, "-f", "lavfi", "-i", f"color=black:s=160x120:r={fps}:d=6,{flash}{drop}",
            "-itsoffset", audio_starts_s, "-f", "lavfi",
            "-i", f"aevalsrc='if(between(t,{click_s},{click_s + 0.2}),0.9*sin(2*PI*1000*t),0)':s=48000:d=6",
-           "-map", "0:v", "-map", "1:a", "-c:v", "libx264", "-preset", "ultrafast", "-fps_mode", "vfr" if variable else "passthrough",
-           "-c:a", "pcm_s16le", path)
+           "-map", "0:v", "-map", "1:a", "-c:v", "libx264", "-preset", "ultrafast",
+           "-fps_mode", "vfr" if variable else "passthrough", "-c:a", "pcm_s16le", path)
 
 
 RATES = ["10", "24000/1001", "25", "30000/1001", "30", "50", "vfr"]

@@ -24,10 +24,10 @@ from avprep.storage import Store
 OPTIONS = ("--dataset", "folder", "--split", "train", "--shard-mb", 0.01, "--workers", 2)
 
 
-@pytest.fixture
-def raw(short_video, short_sound, tmp_path):
-    """Five files, of which one is none, a list, and a folder of classes."""
-    folder = tmp_path / "raw"
+@pytest.fixture(scope="module")
+def raw(short_video, short_sound, tmp_path_factory):
+    """Five files, of which one is none, a list, and a folder of classes. To be read only."""
+    folder = tmp_path_factory.mktemp("stores") / "raw"
     for number, source in enumerate((short_video, short_sound, short_video, short_video)):
         place = folder / "train" / f"class {number % 2}" / f"{number} ü{source.suffix}"
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -36,12 +36,12 @@ def raw(short_video, short_sound, tmp_path):
     return folder
 
 
-@pytest.fixture
-def built(raw, avprep, tmp_path):
+@pytest.fixture(scope="module")
+def built(raw, avprep):
     """What a build between folders makes of it."""
-    done = avprep("build", *OPTIONS, "--raw", raw, "--out", tmp_path / "here")
+    done = avprep("build", *OPTIONS, "--raw", raw, "--out", raw.parent / "here")
     assert done.returncode == 0, done.stderr
-    return _files(tmp_path / "here" / "folder" / "train"), done.stdout
+    return _files(raw.parent / "here" / "folder" / "train"), done.stdout
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +113,8 @@ def test_from_a_store_to_here_and_from_here_to_a_store(bucket, raw, built, avpre
 
 
 @pytest.mark.parametrize("faults", [
-    [503] * 3, ["reset", "lost", "unsaid"], [0.5, "lost", 503, 503, "unsaid", "lost"]])
+    [0.5, "reset", 503, 503, "unsaid", "lost"], pytest.param([503] * 3, marks=pytest.mark.slow),
+    pytest.param(["reset", "lost", "unsaid"], marks=pytest.mark.slow)])
 def test_a_store_that_loses_uploads(bucket, s3_server, raw, built, avprep, monkeypatch, faults):
     """503, connections that break before or in the middle of an upload, or when it is there and not yet said so."""
     files, _ = built
@@ -140,8 +141,9 @@ def test_a_store_that_cuts_what_is_read(bucket, s3_server, raw, built, avprep, m
 
 @pytest.mark.slow
 def test_a_store_that_stays_away_ends_the_run_in_a_line_and_it_goes_on_later(bucket, s3_server, raw, built, avprep,
-                                                                             monkeypatch):
+                                                                             monkeypatch, tmp_path):
     files, _ = built
+    raw = shutil.copytree(raw, tmp_path / "raw")
     once = '{"config_kwargs": {"retries": {"max_attempts": 0}}}'
     command = ("build", *OPTIONS, "--raw", raw, "--out", "s3://bucket/shards", "--workers", 1)
     with bad_proxy(s3_server) as proxy:
@@ -315,7 +317,7 @@ def test_a_build_that_is_ended_is_gone_on_with(bucket, raw, built, avprep, monke
 
 
 def test_of_builds_that_begin_at_the_same_moment_one_gets_the_lease(bucket):
-    for number in range(5):
+    for number in range(2):
         store, won = Store(f"s3://bucket/race{number}"), []
 
         def take(store=store, won=won):

@@ -90,10 +90,10 @@ def test_rotations_stay_orthogonal(autocast: bool) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # small matrices: threads only wait for each other
     layer = LowRankLinear(32, 16, rank, transformers=2)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=3e-3, amsgrad=True)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2, amsgrad=True)
     x, target = torch.randn(1, 8, 32), torch.randn(2, 1, 1, 8, 16)
     start = layer.skew.detach().clone()
-    for _ in range(1000):
+    for _ in range(300):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = (factored(layer, x).float() - target).square().mean()
         optimizer.zero_grad()

@@ -107,6 +107,7 @@ def test_only_the_first_stages_run_again() -> None:
 
 
 @pytest.mark.seconds
+@pytest.mark.slow
 def test_256_equal_parts_have_the_gradient_of_one(tmp_path: Path) -> None:
     """Under autocast, as the engine accumulates. Summed in bfloat16, most of it would be lost."""
     found = []

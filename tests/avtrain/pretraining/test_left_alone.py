@@ -18,12 +18,12 @@ from avtrain.data.order import ClipPlace
 from avtrain.data.shards import open_folders
 from avtrain.pretraining.held_out import HeldOut
 
-LONG = ["--set", "training.steps=40", "--set", "training.save_every=1000", "--set", "training.evaluate_every=20"]
+LONG = ["--set", "training.steps=20", "--set", "training.save_every=1000", "--set", "training.evaluate_every=10"]
 
 
 @pytest.fixture(scope="module")
 def long(demo_shards, tmp_path_factory):
-    """Forty steps, long enough to send signals to, with checkpoints only where it is evaluated."""
+    """Twenty steps, long enough to send signals to, with checkpoints only where it is evaluated."""
     out = tmp_path_factory.mktemp("runs") / "long"
     assert pretrained(demo_shards, out, *LONG).exit_code == 0
     return out
@@ -45,13 +45,13 @@ def test_a_signal_stops_with_a_checkpoint_and_the_same_command_goes_on(demo_shar
     step = len(losses_of(out))
     checkpoint = out / "checkpoints" / f"step-{step:06d}"
     assert printed == (f"stopped by {number.name} at step {step}: the same command goes on from {checkpoint}\n")
-    assert 3 <= step < 40 and (checkpoint / "training.pt").is_file() and "Traceback" not in errors
+    assert 3 <= step < 20 and (checkpoint / "training.pt").is_file() and "Traceback" not in errors
     assert workers and not psutil.wait_procs(workers, timeout=10)[1] and (out / "report.html").is_file()
     assert pretrained(demo_shards, out, *LONG).exit_code == 0
     assert losses_of(out) == losses_of(long)
 
 
-@pytest.mark.seconds
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_to_the_same_losses(demo_shards, whole, tmp_path):
     seed = random.SystemRandom().randrange(2**32)
     draw, out = random.Random(seed), tmp_path / "run"

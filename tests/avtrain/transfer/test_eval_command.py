@@ -27,15 +27,15 @@ from avtrain.transfer.tasks import TASKS
 
 
 def test_killed_and_resumed_gives_the_same_predictions(tree, tmp_path, monkeypatch):
-    options = [*settings(QUICK), "--set", "transfer.epochs=3", "--split", "2"]
+    options = [*settings(QUICK), "--set", "transfer.epochs=2", "--split", "2"]
     assert run_eval(tree, tmp_path / "whole", "ucf101", *options).exit_code == 0
     save = Run.save
     with monkeypatch.context() as patch:
-        patch.setattr("avtrain.transfer.finetune._SAVE_EVERY", 4)
+        patch.setattr("avtrain.transfer.finetune._SAVE_EVERY", 2)
 
         def save_and_die(run, *rest):
             save(run, *rest)
-            if run.position.step == 8:
+            if run.position.step == 4:
                 raise KeyboardInterrupt
 
         patch.setattr(Run, "save", save_and_die)
@@ -47,7 +47,7 @@ def test_killed_and_resumed_gives_the_same_predictions(tree, tmp_path, monkeypat
     assert done.exit_code == 0, done.output
     assert predictions_of(tmp_path / "killed") == predictions_of(tmp_path / "whole")
     steps = [json.loads(line)["step"] for line in (tmp_path / "killed/split-2/metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 10))
+    assert steps == list(range(1, 7))
 
 
 def test_stopped_during_its_first_checkpoint_it_begins_again_by_itself(tree, tmp_path, monkeypatch):
@@ -65,7 +65,7 @@ def test_stopped_during_its_first_checkpoint_it_begins_again_by_itself(tree, tmp
     assert run_eval(tree, tmp_path, "ucf101", *options).exit_code == 0  # nothing was saved: the seed may be another
     assert [path.name for path in (tmp_path / "split-2/checkpoints").iterdir()] == ["step-000009"]
     steps = [json.loads(line)["step"] for line in (tmp_path / "split-2/metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 10))
+    assert steps == list(range(1, 7))
 
 
 def test_all_tasks_that_are_there_in_one_table(tree_with_esc10, tmp_path):
