@@ -223,7 +223,8 @@ def pretrained(folder, make, steps=200, seed=0, preset="tiny", settings=(), prec
     guesses = _Guesses(steps - steps // 4)
     with ExitStack() as patches:
         for name, instead in (("pretrain.open_folders", folder_of), ("pretrain.ClipDataset", dataset_of),
-                              ("held_out.ClipDataset", dataset_of), ("pretrain.Pretraining", guesses.watching)):
+                              ("held_out.ClipDataset", dataset_of), ("pretrain.Pretraining", guesses.watching),
+                              ("report.picture_of", lambda lines: b"")):
             patches.enter_context(mock.patch(f"avtrain.pretraining.{name}", instead))
         pretrain(config, ["train"], ["test"], folder, choose_runtime("cpu", precision))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

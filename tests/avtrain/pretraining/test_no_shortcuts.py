@@ -11,13 +11,18 @@ MICRO_BATCHES = ("training.micro_batch=4",)
 PAPER = ("model.visual_width=4", "model.audio_width=4")  # its CNNs have 16 blocks
 RECOMPUTED = ("model.stages_recomputed=9",)
 
+# For `make test`: a shallow network, and what gives most away. Of two segments the other is all there is to go by: a
+# BatchNorm that sees the two alone is found in 60 steps. Pairs of any lengths are found in 80 where pairs count most.
+SHALLOW = ("model.visual_blocks=[1,1]", "model.audio_blocks=[1,1]", "model.layers=1")
+TWO = (*SHALLOW, "data.segments=2", "objectives.mask_rate=0.5")
+PAIRS = (*SHALLOW, *(f"objectives.mep_{name}=0.1" for name in ("visual", "audio", "multimodal")))
 QUICK = {
-    "noise": (made_up.noise, {}),
-    "of all lengths": (made_up.of_all_lengths, {}),
-    "lacking sound or picture": (made_up.lacking, {}),
-    "of few sources": (made_up.of_few_sources, {}),
-    "twice": (made_up.twice, {}),
-    "of all lengths, in parts": (made_up.of_all_lengths, {"settings": ("training.micro_batch=8",)}),
+    "two segments": (made_up.noise, TWO),
+    "two segments, twice": (made_up.twice, TWO),
+    "of all lengths": (made_up.of_all_lengths, PAIRS),
+    "of all lengths, in parts": (made_up.of_all_lengths, (*PAIRS, "training.micro_batch=8")),
+    "lacking sound or picture": (made_up.lacking, PAIRS),
+    "of few sources": (made_up.of_few_sources, PAIRS),
 }
 
 # One thing at a time, of clips of noise.
@@ -50,8 +55,12 @@ DIMENSIONS = {
     "parts of four clips": {"settings": MICRO_BATCHES},
 }
 
-# What is known to act together.
+# Kinds of clips, and what is known to act together.
 TOGETHER = {
+    "of all lengths": (made_up.of_all_lengths, {}),
+    "lacking": (made_up.lacking, {}),
+    "of few sources": (made_up.of_few_sources, {}),
+    "twice": (made_up.twice, {}),
     "of all lengths, in small parts": (made_up.of_all_lengths, {"settings": MICRO_BATCHES}),
     "of all lengths, bfloat16": (made_up.of_all_lengths, {"precision": "bfloat16"}),
     "of all lengths, early": (made_up.of_all_lengths, {"settings": ("model.fusion=early",)}),
@@ -80,10 +89,10 @@ def _stays_at_chance(folder, make, options, steps):
 
 
 @pytest.mark.seconds
-@pytest.mark.parametrize("case", [case if case == "of all lengths" else
-                                  pytest.param(case, marks=pytest.mark.slow) for case in QUICK])
+@pytest.mark.parametrize("case", QUICK)
 def test_nothing_is_found_where_there_is_nothing(tmp_path, case):
-    _stays_at_chance(tmp_path, *QUICK[case], steps=100)
+    make, settings = QUICK[case]
+    _stays_at_chance(tmp_path, make, {"settings": settings}, steps=80)
 
 
 @pytest.mark.slow
