@@ -13,7 +13,7 @@ from scipy.stats import chisquare
 from avtrain.config import read_config
 from avtrain.data.clips import ClipDataset
 from avtrain.data.loader import batches
-from avtrain.data.order import Wanted, batches_of
+from avtrain.data.order import ClipPlace, Wanted, batches_of
 from avtrain.data.shards import open_folders
 from avtrain.pretraining.draw import drawn, planned
 from avtrain.pretraining.held_out import _SEED, HeldOut, chosen, hits_among, random_others
@@ -186,8 +186,36 @@ def test_no_more_clips_than_the_setting_in_parts_no_larger_than_trainings(folder
     assert {"test_loss", "test_pair_accuracy", "test_masked_top1_visual"} <= set(first)
 
 
-def test_the_network_stays_in_its_mode(folder, network):
+def test_the_network_stays_in_its_mode_and_measures_nothing(folder, network):
     network.train()
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     HeldOut(folder, CONFIG, CPU).figures(network)
-    assert network.training
+    assert network.training and len(before) > 10
+    for name, buffer in network.named_buffers():
+        assert torch.equal(buffer, before[name]), name
     network.eval()
+
+
+def test_a_clip_that_can_not_be_read_is_as_one_without_anything(folder, network, monkeypatch):
+    """Nothing of it is predicted, chosen among or paired."""
+    key = folder.rows.at(ClipPlace(1, 0)).key
+    fill, there = ClipDataset._fill, ClipDataset._there
+
+    def filled(self, row, *rest):
+        if row.key == key:
+            raise ValueError("no picture")
+        fill(self, row, *rest)
+
+    def nothing(self, row):
+        return there(self, row) & (row.key != key)
+
+    monkeypatch.setattr("avtrain.data.loader.MOST_UNREADABLE", 0.5)
+    whole, found = HeldOut(folder, CONFIG, CPU).figures(network), []
+    for name, instead in (("_fill", filled), ("_there", nothing)):
+        with monkeypatch.context() as patch:
+            patch.setattr(ClipDataset, name, instead)
+            found.append(HeldOut(folder, CONFIG, CPU).figures(network))
+    names = [name for name in whole if "masked_top1" in name]
+    assert len(names) == 8 and {name: found[0][name] for name in names} == {name: found[1][name] for name in names}
+    assert found[0].keys() == whole.keys() and found[0]["test_loss"] != whole["test_loss"]
+    assert found[0]["test_loss"] == pytest.approx(whole["test_loss"], rel=0.1)
