@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avprep.errors import AvprepError, DiskFull, Reason, SourceFailed
-from avprep.probe import LOOK_AHEAD, MISSING_S, MISSING_SHARE, Media
+from avprep.probe import LOOK_AHEAD, MISSING_S, MISSING_SHARE, Media, only_this_file
 from avprep.sound import Sound, on_time_line
 from avprep.spec import REFERENCE_STEP, ClipSpec
 
-# Files come from strangers: no network or device behind a playlist, no picture that eats the memory.
-_SAFE_INPUT = {"protocol_whitelist": "file", "max_pixels": 8192 * 8192, **LOOK_AHEAD}
+# Files come from strangers: no picture that eats the memory.
+_MOST_PIXELS = 8192 * 8192
 # Decoding begins this much before a window: the first packets after a seek often can't be decoded whole.
 _LEAD_S = 1.0
 # What ffmpeg ends a line with where the system refuses to write.
@@ -160,7 +160,7 @@ def _cut_from(window: _Window, seek_s: float) -> Cut:
     skip_s = window.start_s - seek_s  # from where decoding begins to the window
     seek = {"ss": f"{seek_s:.6f}"} if seek_s > 0 else {}
     source = ffmpeg.input(f"file:{_as_text(window.path.absolute())}", t=f"{skip_s + window.length_s:.6f}", threads=1,
-                          **seek, **_SAFE_INPUT)
+                          max_pixels=_MOST_PIXELS, **seek, **LOOK_AHEAD, **only_this_file())
     outputs = []
     sees, hears = _is_seen(window), _is_heard(window)
     if sees:

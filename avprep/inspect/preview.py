@@ -70,7 +70,7 @@ def _samples(index_path: Path, count: int) -> Iterator[tuple[dict[str, Any], lis
 def _film_strip(mp4: bytes, count: int) -> NDArray[np.uint8]:
     """Evenly spaced frames side by side: (height, n * width, 3). Each stands for its stretch of time."""
     wanted = {int((number + 0.5) * count / _FRAMES_ACROSS) for number in range(_FRAMES_ACROSS)}
-    with av.open(io.BytesIO(mp4), "r") as container:
+    with av.open(io.BytesIO(mp4), "r", format="mp4", metadata_errors="replace") as container:
         frames = [frame.to_ndarray(format="rgb24") for number, frame in enumerate(container.decode(video=0))
                   if number in wanted]
     return np.concatenate(frames, axis=1)

@@ -103,7 +103,7 @@ def _problem_of_sample(members: dict[str, bytes], spec: dict[str, Any]) -> str |
 
 def _problem_of_video(mp4: bytes, frames: int, spec: dict[str, Any]) -> str | None:
     try:
-        with av.open(io.BytesIO(mp4), "r") as container:
+        with av.open(io.BytesIO(mp4), "r", format="mp4", metadata_errors="replace") as container:
             keyframes = [frame.key_frame for frame in container.decode(video=0)]
     except av.error.FFmpegError as error:
         return f"its video can't be decoded: {error.strerror}"

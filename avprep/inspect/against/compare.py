@@ -76,7 +76,7 @@ def _stored_pictures(mp4: bytes) -> list[NDArray[np.uint8]]:
     if not mp4:
         return []
     try:
-        with av.open(io.BytesIO(mp4), "r") as container:
+        with av.open(io.BytesIO(mp4), "r", format="mp4", metadata_errors="replace") as container:
             return [thumbnail(frame) for frame in container.decode(video=0)]
     except av.error.FFmpegError:  # named by `verify`
         return []
