@@ -29,8 +29,8 @@ SAME_LENGTH_S = 0.1
 _CLOCK_BACK_S, _CLOCK_AHEAD_S, _CLOCK_NEAREST_S = 0.1, 60.0, 1.0
 _PAUSE_S = 1.0  # of sound
 _WAV_HEAD_BYTES, _WAV_UNKNOWN = 1 << 16, 0x7FFFFFFF
-# libav's flags of a format: there is no file, or it is not opened for it; positions are found by reading from the start;
-# the clock may begin anew.
+# libav's flags of a format: there is no file, or it is not opened for it; positions are found by reading from the
+# start; the clock may begin anew.
 _NO_FILE, _GENERIC_INDEX, _CLOCK_MAY_JUMP = 0x1, 0x100, 0x200
 _HDR_TRANSFERS = frozenset({16, 18})  # PQ (SMPTE 2084) and HLG (ARIB B67), as ITU-T H.273 numbers them
 
@@ -84,6 +84,7 @@ def probe(path: Path) -> Media:
 
     Raises:
         SourceFailed: empty, unreadable, without a stream, or of no length.
+        MemoryError: it takes more than this process may have.
     """
     if path.stat().st_size == 0:
         raise SourceFailed("probe", Reason.EMPTY)
@@ -109,6 +110,8 @@ def probe(path: Path) -> Media:
                           counted.frames / length_s if length_s > 0 else 0.0,
                           video is not None and _is_hdr(video))
     except av.error.FFmpegError as error:
+        if isinstance(error, MemoryError):
+            raise
         reason = Reason.TIMEOUT if isinstance(error, av.error.ExitError) else Reason.UNREADABLE
         # What libav says where it knows the format, and may not read it.
         is_refused = isinstance(error, av.error.ArgumentError)
