@@ -28,6 +28,8 @@ SAME_LENGTH_S = 0.1
 # new clock's. Where there is one, packets of the old and the new clock come mixed: then half a jump ahead is one too.
 _CLOCK_BACK_S, _CLOCK_AHEAD_S, _CLOCK_NEAREST_S = 0.1, 60.0, 1.0
 _PAUSE_S = 1.0  # of sound
+# A file that claims more would give clips without end: in all, and for each of its packets.
+_LONGEST_S, _SPARSEST_S = 7 * 86_400.0, 600.0
 _WAV_HEAD_BYTES, _WAV_UNKNOWN = 1 << 16, 0x7FFFFFFF
 # libav's flags of a format: there is no file, or it is not opened for it; positions are found by reading from the
 # start; the clock may begin anew.
@@ -118,6 +120,8 @@ def probe(path: Path) -> Media:
         raise SourceFailed("probe", reason, "a list of other files" if is_refused else error.strerror or "") from error
     if media.length_s <= 0:
         raise SourceFailed("probe", Reason.NO_LENGTH)
+    if not media.length_s <= min(_LONGEST_S, _SPARSEST_S * counted.packets):
+        raise SourceFailed("probe", Reason.UNTIMED, f"{counted.packets} packets in {media.length_s / 3600:.0f} hours")
     return media
 
 
@@ -176,6 +180,7 @@ def _lacks(promised_s: float, length_s: float) -> bool:
 class _Counted:
     length_s: float = 0.0
     frames: int = 0
+    packets: int = 0
     jump_s: float | None = None
     broken: bool = False  # reading ended with an error
     sound_pauses_s: list[tuple[float, float]] = field(default_factory=list)
@@ -227,6 +232,7 @@ def _count_packets(container: av.container.InputContainer, streams: list[av.stre
         if packet.stream.type == "audio" and show_s - start_s > last_end_s + _PAUSE_S:
             counted.sound_pauses_s.append((last_end_s, show_s - start_s))
         counted.spans_s[packet.stream_index] = (first_s, max(last_end_s, end_s))  # the first picture is a keyframe
+        counted.packets += 1
         counted.frames += packet.stream.type == "video"
     return counted
 

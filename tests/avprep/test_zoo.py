@@ -17,7 +17,7 @@ from avprep.datasets.source import printable
 from avprep.headers import read_header
 
 _MOST_BYTES = 1.5e9
-_LONGEST_S = 900
+_LONGEST_S = 1800
 
 
 def _check(folder, expected):

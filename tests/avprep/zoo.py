@@ -80,7 +80,7 @@ def table_kinds(mp4: bytes) -> Iterator[Kind]:
         for count in (0, 0x00FFFFFF, 0x7FFFFFFF, 0xFFFFFFFF):
             yield f"{kind.decode()}-{count:x}.mp4", _patched(mp4, kind, at, struct.pack(">I", count)), ANY
     for kind, at in ((b"mvhd", 12), (b"mdhd", 12)):
-        for scale in (0, 0xFFFFFFFF):
+        for scale in (0, 0xFFFFFFFF) if kind == b"mvhd" else (1,):
             yield f"{kind.decode()}-scale-{scale:x}.mp4", _patched(mp4, kind, at, struct.pack(">I", scale)), ANY
     long = _patched(_patched(mp4, b"mvhd", 16, struct.pack(">I", 36_000_000)), b"mdhd", 16, b"\x7f\xff\xff\xff")
     yield "ten hours.mp4", long, ANY
@@ -148,7 +148,7 @@ def sound_kinds() -> Iterator[Kind]:
     yield "65535 channels.wav", wav(second, 65_535), ANY
     yield "192 kHz.wav", wav(second * 12, rate_hz=192_000), WRITTEN
     for rate_hz in (0, 1, 0x7FFFFFFF, 0xFFFFFFFF):
-        yield f"{rate_hz} Hz.wav", wav(second, rate_hz=rate_hz), ANY
+        yield f"{rate_hz} Hz.wav", wav(second[:64], rate_hz=rate_hz), ANY
     yield "0 bits.wav", wav(second, bits=0), ANY
     yield "nan.wav", wav(floats + struct.pack("<f", float("nan")) * 100, bits=32, form=3), "values that are not finite"
     yield "inf.wav", wav(floats + struct.pack("<f", float("inf")) * 100, bits=32, form=3), "values that are not finite"
@@ -197,7 +197,7 @@ def put_made(ffmpeg: Any, folder: Path) -> Iterator[tuple[str, str]]:
             ("2x2.mp4", WRITTEN, "-f", "lavfi", "-i", "testsrc2=s=2x2:r=5:d=1", "-c:v", "ffv1", "-f", "matroska"),
             ("negative.mkv", ANY, *_PICTURE, *_H264, "-output_ts_offset", -1, "-avoid_negative_ts", "disabled"),
             ("late.ts", WRITTEN, *_PICTURE, *_TONE, *_H264, "-c:a", "mp2", "-output_ts_offset", 90_000),
-            ("jump ahead.mkv", ANY, *_PICTURE, *_H264, "-bsf:v", jump),
+            ("jump ahead.mkv", "nothing tells the time", *_PICTURE, *_H264, "-bsf:v", jump),
             ("jump back.mkv", ANY, *_PICTURE, *_H264, "-bsf:v", back),
             ("jump back.ts", ANY, *_PICTURE, *_H264, "-bsf:v", back),
             ("title.mkv", WRITTEN, *_PICTURE, *_H264, "-metadata", "title=caf\udce9"),
