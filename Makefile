@@ -14,7 +14,7 @@ AVTRAIN := $(if $(filter 1,$(GPUS)),$(BIN)/avtrain,$(BIN)/torchrun --standalone 
 
 .DEFAULT_GOAL := help
 .PHONY: help install check test test-slow lint docs pretrain demo bench bench-scale bench-gpu rehearse demo-report transfer-report \
-        esc-report ablations clean
+        esc-report ablations audit clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -79,6 +79,12 @@ esc-report: $(READY)  ## ESC-10 from ESC10=FOLDER: pretrain on sound for each fo
 ablations: $(READY)  ## pretrain on the demo over fusion, negatives, sharing: a table and a plot (half an hour)
 	$(BIN)/avprep build --dataset demo --split all --out $(SHARDS) --workers $(WORKERS)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.ablations --shards $(SHARDS)/demo
+
+audit: $(READY)  ## look for published faults in all installed packages, and none passed over (asks pypi.org)
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' > $(VENV)/audited.txt
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r $(VENV)/audited.txt || { \
+	  echo "not clean: what is listed above has faults, or was not audited (no answer from pypi.org, or unknown there)"; \
+	  exit 1; }
 
 clean:  ## remove .venv and caches (shards and data stay)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

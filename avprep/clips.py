@@ -140,7 +140,7 @@ def _labels_inside(labels: tuple[int, ...], times_s: tuple[tuple[tuple[float, fl
 
 def _count_frames(mp4: bytes) -> tuple[int, int, int]:
     """(frames, width, height) of a video of our own, from its packets."""
-    with av.open(io.BytesIO(mp4), "r") as container:
+    with av.open(io.BytesIO(mp4), "r", format="mp4") as container:
         if not container.streams.video:
             return 0, 0, 0
         stream = container.streams.video[0]

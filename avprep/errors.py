@@ -33,6 +33,7 @@ class Reason(str, Enum):
     CORRUPT = "corrupt stream"
     UNTIMED = "nothing tells the time"
     NOT_FINITE = "values that are not finite"
+    TOO_LARGE = "too large"
     TIMEOUT = "time-out"
     CRASHED = "ffmpeg was killed"
 

@@ -10,19 +10,23 @@ import json
 import os
 import queue
 import select
+import signal
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from avprep.confined import limit_further_cpu, limit_memory
 from avprep.datasets.source import printable
 from avprep.errors import AvprepError, Reason, SourceFailed
 from avprep.probe import Media, probe
 
 # Reading a header takes milliseconds; a file that states no length is read to its end.
 _TIMEOUT_S = 600.0
+_MEMORY_BYTES, _CPU_S = 1_250_000_000, 600  # of a reader, and for each file
 _START_TIMEOUT_S, _END_TIMEOUT_S = 120.0, 2.0
 # The same modules as here, whatever the current folder holds.
 _COMMAND = (sys.executable, "-c", "import sys; sys.path = sys.argv[1:]; from avprep.headers import serve; serve()")
@@ -39,6 +43,8 @@ def read_header(path: Path) -> Media | SourceFailed:
     except OSError as error:
         link = f", a link to {printable(os.readlink(path))}" if path.is_symlink() else ""
         return SourceFailed("probe", Reason.UNOPENED, f"{error.strerror or error}{link}")
+    except MemoryError:
+        return SourceFailed("probe", Reason.TOO_LARGE, f"to read it takes more than {_MEMORY_BYTES / 1e9:g} GB")
     except SourceFailed as failure:
         return failure
 
@@ -47,11 +53,22 @@ def serve() -> None:
     """Be a reader: answer the paths on standard input until it ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints is no answer
+    limit_memory(_MEMORY_BYTES)
+    threading.Thread(target=_end_with_avprep, daemon=True).start()
     _answer(answers, [])
     for line in sys.stdin:
+        limit_further_cpu(_CPU_S)
         result = read_header(Path(json.loads(line)))
         _answer(answers, vars(result) if isinstance(result, Media) else
                 [result.stage, result.reason.value, result.detail])
+
+
+def _end_with_avprep() -> None:
+    """Wait until nobody can ask any more, whatever file is being read then."""
+    poller = select.poll()
+    poller.register(0, 0)  # of its end alone
+    poller.poll()
+    os._exit(0)
 
 
 def _answer(answers: Any, content: Any) -> None:
@@ -81,6 +98,8 @@ class HeaderReader:
         if isinstance(answer, list):
             return SourceFailed(answer[0], Reason(answer[1]), answer[2])
         code = self.close()
+        if code == -signal.SIGXCPU:
+            return SourceFailed("probe", Reason.TIMEOUT, f"after {_CPU_S} s of computing")
         return SourceFailed("probe", Reason.CRASHED, "reading its header, "
                             + (f"by signal {-code}" if code < 0 else f"with code {code}"))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from functools import lru_cache
 
 import numpy as np
@@ -10,6 +12,8 @@ from numpy.typing import NDArray
 from avprep.spec import ClipSpec
 
 _POWER_FLOOR = 1e-6
+_NPY_HEADER = re.compile(rb"\x93NUMPY\x01\x00..\{'descr': '<f2', 'fortran_order': (?P<order>True|False), "
+                         rb"'shape': \((?P<mels>\d{1,9}), (?P<frames>\d{1,9})\), \} *\n", re.DOTALL)
 
 
 @lru_cache(maxsize=8)
@@ -34,6 +38,22 @@ def frame_centres(samples: int, spec: ClipSpec) -> NDArray[np.int64]:
     starts = np.arange(whole + 1)[:, None] * spec.segment_samples
     frames_of_rest = min(spec.mel_frames, rest // spec.hop_samples + 1) if rest else 0
     return (starts + within).reshape(-1)[: whole * spec.mel_frames + frames_of_rest]
+
+
+def stored_log_mel(npy: bytes) -> NDArray[np.float16]:
+    """The log-mel of a sample's `.logmel.npy`.
+
+    Raises:
+        ValueError: it is no array of two dimensions of float16, or another size than its bytes.
+    """
+    # Not by numpy: its reader takes what the header asks for before it looks at what there is, and runs a parser on it.
+    header = _NPY_HEADER.match(npy)
+    if header is None:
+        raise ValueError(f"its log-mel is no array of float16 in two dimensions, but {npy[:80]!r}")
+    by_columns, *shape = header["order"] == b"True", int(header["mels"]), int(header["frames"])
+    if 2 * math.prod(shape) != len(npy) - header.end():
+        raise ValueError(f"its log-mel has {len(npy)} bytes for {shape[0]} x {shape[1]} values")
+    return np.frombuffer(npy, np.float16, offset=header.end()).reshape(shape, order="F" if by_columns else "C")
 
 
 def log_mel(waveform: NDArray[np.float32], spec: ClipSpec) -> NDArray[np.float32]:

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,17 +20,24 @@ import ffmpeg
 import numpy as np
 from numpy.typing import NDArray
 
+from avprep.confined import NOT_STARTED, confined
 from avprep.errors import AvprepError, DiskFull, Reason, SourceFailed
-from avprep.probe import LOOK_AHEAD, MISSING_S, MISSING_SHARE, Media
+from avprep.probe import LOOK_AHEAD, MISSING_S, MISSING_SHARE, Media, only_this_file
 from avprep.sound import Sound, on_time_line
 from avprep.spec import REFERENCE_STEP, ClipSpec
 
-# Files come from strangers: no network or device behind a playlist, no picture that eats the memory.
-_SAFE_INPUT = {"protocol_whitelist": "file", "max_pixels": 8192 * 8192, **LOOK_AHEAD}
+# Files come from strangers: no picture that eats the memory. ffmpeg takes 0.5 GB for one of 8K (H.264), and on top what
+# a clip's own settings ask for: this many pictures on their way to the file, which is never larger than its pixels.
+_MOST_PIXELS = 8192 * 8192
+MEMORY_BYTES, _MORE_FILE_BYTES = 1_250_000_000, 64_000_000
+_PICTURES_UNDER_WAY, _WIDEST = 100, 4
+_CPU_SHARE = 4  # of the time that it may take: newer versions have several threads
 # Decoding begins this much before a window: the first packets after a seek often can't be decoded whole.
 _LEAD_S = 1.0
 # What ffmpeg ends a line with where the system refuses to write.
 _NO_SPACE = ": No space left on device"
+# What it says where it may not have more memory.
+_NO_MEMORY = re.compile(r"allocat|malloc|get_buffer\(\) failed", re.IGNORECASE)
 # Silence of more than this is worth a word.
 FILLED_S = 0.1
 # The mean of as many channels as there are ("<" divides by the sum of those that are), and beside it another weighting,
@@ -160,7 +168,7 @@ def _cut_from(window: _Window, seek_s: float) -> Cut:
     skip_s = window.start_s - seek_s  # from where decoding begins to the window
     seek = {"ss": f"{seek_s:.6f}"} if seek_s > 0 else {}
     source = ffmpeg.input(f"file:{_as_text(window.path.absolute())}", t=f"{skip_s + window.length_s:.6f}", threads=1,
-                          **seek, **_SAFE_INPUT)
+                          max_pixels=_MOST_PIXELS, **seek, **LOOK_AHEAD, **only_this_file())
     outputs = []
     sees, hears = _is_seen(window), _is_heard(window)
     if sees:
@@ -265,14 +273,23 @@ def _as_text(path: Path) -> str:
 
 
 def _run(command: list[str], window: _Window) -> bytes:
+    spec = window.spec
+    picture_bytes = 1.5 * _WIDEST * spec.short_side**2
+    # See _as_text.
+    arguments = confined([part.encode("latin-1") for part in command],
+                         MEMORY_BYTES + _PICTURES_UNDER_WAY * picture_bytes, 1 + _CPU_SHARE * window.timeout_s,
+                         _MORE_FILE_BYTES + spec.frames * picture_bytes)
     # A session of its own: Ctrl-C on the terminal reaches avprep alone, not a half-finished clip.
-    arguments = [part.encode("latin-1") for part in command]  # see _as_text
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
         try:
             stdout, stderr = process.communicate(timeout=window.timeout_s)
         except subprocess.TimeoutExpired as error:
             process.kill()
             raise SourceFailed("decode", Reason.TIMEOUT, f"after {window.timeout_s:g} s") from error
+    if process.returncode == NOT_STARTED:
+        raise AvprepError(f"{ffmpeg_path()} can't be started: {' '.join(_lines(stderr))}")
+    if process.returncode in (-signal.SIGXCPU, -signal.SIGXFSZ):
+        raise SourceFailed("decode", Reason.TOO_LARGE, "it takes far more time or room than a clip")
     if process.returncode < 0:
         raise SourceFailed("decode", Reason.CRASHED, f"by signal {-process.returncode}; if memory ran out, build again "
                            "with --force and fewer --workers")
@@ -285,8 +302,11 @@ def _run(command: list[str], window: _Window) -> bytes:
 def _failure(stderr: bytes, path: Path) -> DiskFull | SourceFailed | None:
     """What ffmpeg says of a failure, as an error of ours; None if it says nothing. The file's name, which may be any
     text, is no part of it."""
-    if any(line.endswith(_NO_SPACE) for line in _lines(stderr.replace(os.fsencode(path.absolute()), b""))):
+    said = _lines(stderr.replace(os.fsencode(path.absolute()), b""))
+    if any(line.endswith(_NO_SPACE) for line in said):
         return DiskFull()
+    if any(map(_NO_MEMORY.search, said)):
+        return SourceFailed("decode", Reason.TOO_LARGE, f"to decode it takes more than {MEMORY_BYTES / 1e9:g} GB")
     lines = _lines(stderr)
     return SourceFailed("decode", Reason.CORRUPT, lines[0].split("] ")[-1][:200]) if lines else None
 

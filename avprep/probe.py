@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from avprep.errors import Reason, SourceFailed
 _TIMEOUT_S = 30.0
 # A stream may begin late in the file: so far is read on for one that formats without a list of streams don't name.
 LOOK_AHEAD = {"analyzeduration": str(60_000_000), "probesize": str(50_000_000)}  # microseconds, bytes
-# Lists of other files, which a stranger's file is not to name.
-_PLAYLISTS = frozenset({"concat", "hls", "applehttp", "dash", "imf", "sdp", "rtsp"})
+# Formats whose files name others, or places in the network, which a stranger's file is not to do. Those that have no
+# file of their own (devices, numbered pictures) are known by libav's flag.
+_NAME_OTHERS = frozenset({"concat", "hls", "applehttp", "dash", "webm_dash_manifest", "imf", "sdp", "mlv", "vobsub",
+                          "avisynth", "vapoursynth", "dvdvideo", "svg_pipe"})
 # What lacks more than this of what was promised was cut off in download.
 MISSING_SHARE, MISSING_S = 0.1, 0.5
 # A length in the headers that is this near to that of the packets is the better one: packets of sound overhang.
@@ -24,9 +28,12 @@ SAME_LENGTH_S = 0.1
 # new clock's. Where there is one, packets of the old and the new clock come mixed: then half a jump ahead is one too.
 _CLOCK_BACK_S, _CLOCK_AHEAD_S, _CLOCK_NEAREST_S = 0.1, 60.0, 1.0
 _PAUSE_S = 1.0  # of sound
+# A file that claims more would give clips without end: in all, and for each of its packets.
+_LONGEST_S, _SPARSEST_S = 7 * 86_400.0, 600.0
 _WAV_HEAD_BYTES, _WAV_UNKNOWN = 1 << 16, 0x7FFFFFFF
-# libav's flags of a format: positions are found by reading from the start; the clock may begin anew.
-_GENERIC_INDEX, _CLOCK_MAY_JUMP = 0x100, 0x200
+# libav's flags of a format: there is no file, or it is not opened for it; positions are found by reading from the
+# start; the clock may begin anew.
+_NO_FILE, _GENERIC_INDEX, _CLOCK_MAY_JUMP = 0x1, 0x100, 0x200
 _HDR_TRANSFERS = frozenset({16, 18})  # PQ (SMPTE 2084) and HLG (ARIB B67), as ITU-T H.273 numbers them
 
 
@@ -63,19 +70,29 @@ class Media:
     hdr: bool = False
 
 
+@lru_cache(maxsize=1)
+def only_this_file() -> dict[str, str]:
+    """libav's options for a stranger's file: no format that opens others is as much as tried, nor any protocol."""
+    formats = []
+    for name in sorted(av.formats_available - _NAME_OTHERS):
+        with suppress(ValueError):  # one that is written only
+            if not av.ContainerFormat(name, "r").flags & _NO_FILE:
+                formats.append(name)
+    return {"protocol_whitelist": "file", "format_whitelist": ",".join(formats)}
+
+
 def probe(path: Path) -> Media:
     """Read a file's headers, and on to its last packet, decoding nothing: headers' lengths are not trusted.
 
     Raises:
         SourceFailed: empty, unreadable, without a stream, or of no length.
+        MemoryError: it takes more than this process may have.
     """
     if path.stat().st_size == 0:
         raise SourceFailed("probe", Reason.EMPTY)
     try:
-        with av.open(str(path), timeout=_TIMEOUT_S,
-                     options={"protocol_whitelist": "file", **LOOK_AHEAD}) as container:
-            if _PLAYLISTS & set(container.format.name.split(",")):
-                raise SourceFailed("probe", Reason.UNREADABLE, "a list of other files")
+        with av.open(str(path), timeout=_TIMEOUT_S, options={**only_this_file(), **LOOK_AHEAD},
+                     metadata_errors="replace") as container:
             video = _best_video(container)
             audio = container.streams.best("audio", related=video)
             streams = [stream for stream in (video, audio) if stream is not None]
@@ -93,12 +110,18 @@ def probe(path: Path) -> Media:
                           container.bit_rate or 0, promised_s, broken_off, counted.jump_s,
                           counted.span_of(video), counted.span_of(audio), tuple(counted.sound_pauses_s),
                           counted.frames / length_s if length_s > 0 else 0.0,
-                          video is not None and video.codec_context.color_trc in _HDR_TRANSFERS)
+                          video is not None and _is_hdr(video))
     except av.error.FFmpegError as error:
+        if isinstance(error, MemoryError):
+            raise
         reason = Reason.TIMEOUT if isinstance(error, av.error.ExitError) else Reason.UNREADABLE
-        raise SourceFailed("probe", reason, error.strerror or "") from error
+        # What libav says where it knows the format, and may not read it.
+        is_refused = isinstance(error, av.error.ArgumentError)
+        raise SourceFailed("probe", reason, "a list of other files" if is_refused else error.strerror or "") from error
     if media.length_s <= 0:
         raise SourceFailed("probe", Reason.NO_LENGTH)
+    if not media.length_s <= min(_LONGEST_S, _SPARSEST_S * counted.packets):
+        raise SourceFailed("probe", Reason.UNTIMED, f"{counted.packets} packets in {media.length_s / 3600:.0f} hours")
     return media
 
 
@@ -109,6 +132,11 @@ def _best_video(container: av.container.InputContainer) -> av.video.stream.Video
         return None
     assert isinstance(best, av.video.stream.VideoStream)
     return best
+
+
+def _is_hdr(video: av.video.stream.VideoStream) -> bool:
+    # There is no context where this libav has no decoder.
+    return video.codec_context is not None and video.codec_context.color_trc in _HDR_TRANSFERS
 
 
 def _promised_s(container: av.container.InputContainer, streams: list[av.stream.Stream]) -> float | None:
@@ -152,6 +180,7 @@ def _lacks(promised_s: float, length_s: float) -> bool:
 class _Counted:
     length_s: float = 0.0
     frames: int = 0
+    packets: int = 0
     jump_s: float | None = None
     broken: bool = False  # reading ended with an error
     sound_pauses_s: list[tuple[float, float]] = field(default_factory=list)
@@ -203,6 +232,7 @@ def _count_packets(container: av.container.InputContainer, streams: list[av.stre
         if packet.stream.type == "audio" and show_s - start_s > last_end_s + _PAUSE_S:
             counted.sound_pauses_s.append((last_end_s, show_s - start_s))
         counted.spans_s[packet.stream_index] = (first_s, max(last_end_s, end_s))  # the first picture is a keyframe
+        counted.packets += 1
         counted.frames += packet.stream.type == "video"
     return counted
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import shlex
 import tarfile
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +21,14 @@ from avprep.errors import AvprepError
 from avprep.spec import FORMAT, FORMAT_VERSION, SPEC_OPTIONS, ClipSpec
 
 INDEX = "index.json"
+_SHOWN = 100
+# The file names of shards: no path, no address, nothing that a shell or a terminal takes for something else.
+_FILE_NAME = re.compile(r"(?!\.)[^/\\:?#%*\x00-\x1f]{1,255}")
+_FIELDS = {"dataset": str, "split": str, "spec": dict, "classes": list, "counts": dict, "shardlist": list,
+           "manifest": list}
+_COUNTS = {"clips": int, "seconds": float, "bytes": int, "without_sound": int, "without_picture": int,
+           "sources_found": int, "sources_written": int, "sources_skipped": dict, "sources_failed": dict, "marks": dict,
+           "clips_per_class": list}
 
 
 class ShardWriter:
@@ -163,9 +173,14 @@ def read_samples(shard: Path) -> Iterator[Sample]:
         AvprepError: the tar is damaged; the message names it.
     """
     try:
+        size = shard.stat().st_size
         with tarfile.open(shard, "r|") as tar:
             sample = Sample("")
             for member in tar:
+                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse or member.pax_headers:
+                    raise AvprepError(f"{shard}: its member {member.name[:_SHOWN]!r} is no plain file")
+                if member.offset_data + member.size > size:
+                    raise AvprepError(f"{shard}: its member {member.name[:_SHOWN]!r} is longer than the shard")
                 file = tar.extractfile(member)
                 key, _, ending = member.name.partition(".")
                 if key != sample.key:
@@ -181,8 +196,14 @@ def read_samples(shard: Path) -> Iterator[Sample]:
 
 
 def read_at(shard: Path, offset: int, size: int) -> bytes:
-    """So many bytes of a shard."""
+    """So many bytes of a shard.
+
+    Raises:
+        AvprepError: it has not so many there.
+    """
     with shard.open("rb") as file:
+        if offset < 0 or not 0 <= size <= os.fstat(file.fileno()).st_size - offset:
+            raise AvprepError(f"{shard} has no {size} bytes at byte {offset}: run `avprep verify`")
         file.seek(offset)
         return file.read(size)
 
@@ -195,14 +216,51 @@ def read_index(path: Path) -> dict[str, Any]:
     """
     try:
         index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AvprepError(f"{path} is not a readable index: {error}") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise AvprepError(f"{path} is not an index of avprep shards")
     if index.get("format_version") != FORMAT_VERSION:
         raise AvprepError(f"{path} has format version {index.get('format_version')}, this avprep knows "
                           f"{FORMAT_VERSION}: build the shards again with: {_build_command(path, index)}")
+    if wrong := next(_faults(index), None):
+        raise AvprepError(f"{path} is damaged: {wrong}: build the split again with `avprep build`")
     return index
+
+
+def _faults(index: dict[str, Any]) -> Iterator[str]:
+    """What is not as it must be in an index, which may be a stranger's: it says which files are read."""
+    for kinds, inside, prefix in ((_FIELDS, index, ""), (_COUNTS, index.get("counts"), "counts.")):
+        lacking = [f"{prefix}{name}" for name, kind in kinds.items()
+                   if not isinstance(inside, dict) or not _is_a(inside.get(name), kind)]
+        if lacking:
+            yield f"no {', '.join(lacking)}"
+    names, specs = (index["classes"], list(asdict(ClipSpec())))
+    if not all(isinstance(name, str) for name in names):
+        yield "a class is no name"
+    if not all(_is_a(index["spec"].get(name), int) for name in specs):
+        yield "its spec is none"
+    if len(index["counts"]["clips_per_class"]) != len(names):
+        yield "it counts other classes than it has"
+    for name in ("sources_skipped", "sources_failed", "marks", "clips_per_class"):
+        counted = index["counts"][name]
+        if not all(_is_a(count, int) for count in (counted.values() if isinstance(counted, dict) else counted)):
+            yield f"counts.{name} has no numbers"
+    for entry in (*index["shardlist"], *index["manifest"]):
+        if not isinstance(entry, dict) or not isinstance(entry.get("url"), str) or not _FILE_NAME.fullmatch(
+                entry["url"]):
+            yield f"{str(entry.get('url') if isinstance(entry, dict) else entry)[:_SHOWN]!r} is no file beside it"
+        elif not (_is_a(entry.get("filesize"), int) and isinstance(entry.get("sha256"), str)):
+            yield f"{entry['url']} has no size or checksum"
+    if not all(_is_a(entry.get("nsamples"), int) for entry in index["shardlist"]):
+        yield "a shard has no number of clips"
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    """Of that type; of a number also: not negative, and a number."""
+    if kind in (int, float):
+        return type(value) in (int, kind) and 0 <= value < math.inf
+    return isinstance(value, kind)
 
 
 def _build_command(path: Path, index: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from avtrain.errors import AvtrainError
+from avtrain.errors import AvtrainError, in_a_line
 from avtrain.fields import (
     Amount,
     Count,
@@ -33,6 +33,10 @@ else:
 
 PRESET_FOLDER = Path(__file__).parent / "presets"
 Modality = Literal["visual", "audio", "both"]
+# Far above what anybody trains: a stranger's settings decide how much is made before a tensor of theirs is read.
+Size = Annotated[int, Range(at_least=1, at_most=2**16)]
+Depth = Annotated[int, Range(at_least=1, at_most=256)]
+_MOST_STAGES = 8
 HOW_MADE = ("workers", "timeout_s")  # fields of `data` that say how batches are made, and change none
 HOW_DIVIDED = ("micro_batch",)  # of `training`, how processes share a batch: those of a run may change in number
 WHEN_LOOKED_AT = ("log_every", "evaluate_every", "save_every", "save_minutes", "keep")  # of `training`, likewise
@@ -44,31 +48,31 @@ class ModelConfig:
 
     visual: Literal["slow50", "slowfast50"] = "slow50"
     """Visual CNN: slow50 (as released) or slowfast50 (as in the paper's text)."""
-    visual_width: Count = 64
+    visual_width: Size = 64
     """Channels of the visual CNN's stem."""
-    visual_blocks: tuple[Count, ...] = (3, 4, 6, 3)
+    visual_blocks: tuple[Depth, ...] = (3, 4, 6, 3)
     """Bottleneck blocks of each of the visual CNN's stages."""
-    audio_width: Count = 32
+    audio_width: Size = 32
     """Channels of the audio CNN's stem."""
-    audio_blocks: tuple[Count, ...] = (3, 4, 6, 3)
+    audio_blocks: tuple[Depth, ...] = (3, 4, 6, 3)
     """Bottleneck blocks of each of the audio CNN's stages."""
-    audio_stem_stride: Count = 1
+    audio_stem_stride: Size = 1
     """Stride of the audio CNN's stem, in frequency and in time."""
     log_mel_mean: float = 0.0
     """Subtracted from the log-mel before the audio CNN; 0 as published. Values lie around -3."""
     log_mel_std: Positive = 1.0
     """Divides the log-mel after that; 1 as published. Values deviate by 3 or 4."""
-    dimension: Count = 768
+    dimension: Size = 768
     """D, the length of local embeddings and tokens."""
-    layers: Count = 6
+    layers: Depth = 6
     """L, layers of each Transformer."""
-    heads: Count = 12
+    heads: Size = 12
     """Attention heads; they divide the dimension."""
-    feedforward: Count = 3072
+    feedforward: Size = 3072
     """Inner features of the feed-forward part."""
     dropout: Probability = 0.1
     """Probability, in the Transformers."""
-    max_segments: Count = 21
+    max_segments: Size = 21
     """Longest clip, in segments: that many learned positions, and one for BOS."""
     fusion: Literal["early", "mid", "late"] = "mid"
     """early: only the multimodal Transformer; late: only the single-modality ones; mid: both."""
@@ -76,7 +80,7 @@ class ModelConfig:
     """The layers of a Transformer share one set of weights."""
     share_transformers: bool = True
     """The Transformers share their weights, entirely or (with a rank) their large factor U."""
-    rank: Annotated[int, Range(at_least=2)] | None = 128
+    rank: Annotated[int, Range(at_least=2, at_most=2**16)] | None = 128
     """O, inner dimension of the factored linear layers; none: not factored."""
     stages_recomputed: Whole = 0
     """Activation checkpointing: so many first stages of both CNNs keep no maps for the backward pass, but run again in
@@ -85,7 +89,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_fields(self, "model")
         for name in ("visual_blocks", "audio_blocks"):
-            check(bool(getattr(self, name)), f"model.{name}", getattr(self, name), "one or more counts")
+            check(0 < len(getattr(self, name)) <= _MOST_STAGES, f"model.{name}", getattr(self, name),
+                  f"one to {_MOST_STAGES} counts")
         check(self.visual != "slowfast50" or self.visual_width % 8 == 0, "model.visual_width", self.visual_width,
               "a multiple of 8 for slowfast50")
         check(self.dimension % self.heads == 0, "model.heads", self.heads,
@@ -262,8 +267,8 @@ def read_config(preset: str = "paper", overrides: Iterable[str] = ()) -> Config:
         raise AvtrainError(f"preset {preset}: not found; known are {', '.join(known)}, or give a .toml file")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise AvtrainError(f"{path}: not valid TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # also of bytes that are no text, and numbers of many digits
+        raise AvtrainError(f"{path}: not valid TOML: {in_a_line(error)}") from error
     try:
         values = {section: current_names(section, inside, written=False) if isinstance(inside, dict) else inside
                   for section, inside in values.items()}
@@ -289,7 +294,7 @@ def parse_override(override: str) -> tuple[str, str, Any]:
         raise AvtrainError(f"--set {override}: write section.field=value, for example model.rank=64")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text.strip()
     try:
         [(option, value)] = current_names(section, {option: value}, written=False).items()

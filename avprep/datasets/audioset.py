@@ -8,7 +8,7 @@ from pathlib import Path
 
 from avprep.datasets.files import FilesByStem, all_places, first_existing
 from avprep.datasets.source import BAD_TIMES, MISSING_FILE, UNKNOWN_CLASS, Listing, Skipped, one_of, source_of
-from avprep.datasets.tables import read_csv, read_rows, time_span
+from avprep.datasets.tables import read_csv, read_rows, time_span, whole_number
 from avprep.errors import AvprepError
 
 SPLITS = ("balanced_train", "unbalanced_train", "eval")
@@ -58,7 +58,7 @@ def _class_list(names: Path) -> tuple[list[str], list[str]]:
     """(MIDs, names) in the order of the list's index."""
     broken: list[Skipped] = []
     rows = read_csv(names, ("index", "mid", "display_name"), broken)
-    broken += [row.skipped("") for row in rows if not row.values["index"].isdecimal()]
+    broken += [row.skipped("") for row in rows if whole_number(row.values["index"]) is None]
     if broken:
         raise AvprepError(f"{names}: {broken[0].name} is not index,mid,display_name: get the official file anew")
     rows.sort(key=lambda row: int(row.values["index"]))

@@ -17,7 +17,7 @@ from avprep.datasets.source import (
     printable,
     source_of,
 )
-from avprep.datasets.tables import Row, read_csv
+from avprep.datasets.tables import Row, read_csv, whole_number
 from avprep.errors import AvprepError
 
 SPLITS = ("fold1", "fold2", "fold3", "fold4", "fold5")
@@ -79,4 +79,4 @@ def _from_csv(raw: Path, split: str, esc10_only: bool) -> Listing:
 
 
 def _is_usable(row: Row) -> bool:
-    return row.values["target"].isdecimal() and row.values["fold"] in _FOLDS
+    return whole_number(row.values["target"]) is not None and row.values["fold"] in _FOLDS

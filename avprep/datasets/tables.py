@@ -6,6 +6,7 @@ import csv
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from avprep.errors import AvprepError
 _LONGEST_TEXT = 200
 _LONGEST_RECORD_LINES = 20
 _SHORT_TEXT = 10_000
+_LONGEST_LINE = 1 << 24  # letters: no list of ours is one line; a file that has no end is not read into memory
+_LONGEST_NUMBER = 18  # digits
 
 
 class Row(NamedTuple):
@@ -86,9 +89,22 @@ def time_span(start: str, end: str) -> tuple[float, float] | None:
     return (first, last) if 0 <= first < last and math.isfinite(last) else None
 
 
+def whole_number(text: str) -> int | None:
+    """A number that is written in digits alone, and not absurdly long; None if it is none."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= _LONGEST_NUMBER else None
+
+
 def _lines(path: Path) -> Iterator[str]:
+    """The lines as they are.
+
+    Raises:
+        AvprepError: one is so long that the file is no list.
+    """
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        yield from file
+        for number, line in enumerate(iter(partial(file.readline, _LONGEST_LINE), ""), 1):
+            if len(line) == _LONGEST_LINE:
+                raise AvprepError(f"{path}: line {number} has {_LONGEST_LINE} letters or more: is it a list?")
+            yield line
 
 
 def _records(lines: Iterator[str], width: int | None) -> Iterator[tuple[int, str, list[str] | None]]:
@@ -140,7 +156,7 @@ def _rows(path: Path, records: Iterator[tuple[int, str, list[str] | None]], colu
         row = Row(dict(zip(columns, map(str.strip, values or ()), strict=False)), name, number, text.strip())
         # A comma at the end of a row does no harm.
         too_many = values is not None and len(values) > len(columns) and any(values[len(columns):])
-        if (len(row.values) < len(columns) or too_many or not row.values[needed[0]]
+        if (values is None or len(values) < len(columns) or too_many or not row.values[needed[0]]
                 or not (text.isascii() or all(_is_text(row.values[column]) for column in needed))):
             problems.append(row.skipped(UNUSABLE_ROW))
         else:

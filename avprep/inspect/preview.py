@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avprep.errors import AvprepError
+from avprep.logmel import stored_log_mel
 from avprep.manifest import places_of, read_clips
 from avprep.shards import find_indexes, read_at, read_index
 
@@ -41,12 +42,12 @@ def contact_sheet(shards: Path, output: Path, clips: int) -> int:
     for number, (row, classes, members) in enumerate(rows):
         length_s = row["end_s"] - row["start_s"]
         top = figure.add_subplot(grid[2 * number])
-        names = ", ".join(classes[label] for label in row["labels"]) or "no label"
+        names = ", ".join(classes[label] for label in row["labels"] if 0 <= label < len(classes)) or "no label"
         top.set_title(f"{names}   ·   {row['key']}   ·   {row['source']} from {row['start_s']:g} s", loc="left",
                       fontsize=8, pad=2)
         _show(top, _film_strip(members["mp4"], row["frames"]) if "mp4" in members else None, "no picture", length_s)
         bottom = figure.add_subplot(grid[2 * number + 1])
-        mel = np.load(io.BytesIO(members["logmel.npy"])) if "logmel.npy" in members else None
+        mel = stored_log_mel(members["logmel.npy"]) if "logmel.npy" in members else None
         _show(bottom, mel, "no sound", length_s, row["sound_s"])
         bottom.set_xticks(np.arange(0, length_s + 1e-6, 2 if length_s > 5 else 0.5))
         bottom.set_xlabel("seconds" if number == len(rows) - 1 else "", fontsize=7)
@@ -62,7 +63,10 @@ def contact_sheet(shards: Path, output: Path, clips: int) -> int:
 def _samples(index_path: Path, count: int) -> Iterator[tuple[dict[str, Any], list[str], dict[str, bytes]]]:
     """The row, the classes and the members of the first clips."""
     index, folder = read_index(index_path), index_path.parent
+    shards = {entry["url"] for entry in index["shardlist"]}
     for row in read_clips(folder, index).slice(0, count).to_pylist():
+        if row["shard"] not in shards:
+            raise AvprepError(f"{index_path}: a clip lies in no shard of it: run `avprep verify`")
         yield row, index["classes"], {ending: read_at(folder / row["shard"], *place)
                                       for ending, place in places_of(row).items()}
 
@@ -70,7 +74,7 @@ def _samples(index_path: Path, count: int) -> Iterator[tuple[dict[str, Any], lis
 def _film_strip(mp4: bytes, count: int) -> NDArray[np.uint8]:
     """Evenly spaced frames side by side: (height, n * width, 3). Each stands for its stretch of time."""
     wanted = {int((number + 0.5) * count / _FRAMES_ACROSS) for number in range(_FRAMES_ACROSS)}
-    with av.open(io.BytesIO(mp4), "r") as container:
+    with av.open(io.BytesIO(mp4), "r", format="mp4", metadata_errors="replace") as container:
         frames = [frame.to_ndarray(format="rgb24") for number, frame in enumerate(container.decode(video=0))
                   if number in wanted]
     return np.concatenate(frames, axis=1)

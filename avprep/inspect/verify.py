@@ -13,6 +13,7 @@ import av
 import numpy as np
 
 from avprep.errors import AvprepError
+from avprep.logmel import stored_log_mel
 from avprep.manifest import CLIPS, SOURCES, clip_row, read_clips, read_sources
 from avprep.progress import progress
 from avprep.shards import Sample, read_index, read_samples
@@ -74,7 +75,7 @@ def _problem_of_row(shard: str, sample: Sample, row: dict[str, Any] | None) -> s
     """Where a sample is not what its row says, if anywhere."""
     try:
         is_right = clip_row(json.loads(sample.members["json"]), shard, sample.places)
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, AttributeError, RecursionError):
         return "it has no readable json"
     different = [name for name, value in is_right.items() if row is None or row[name] != value]
     return f"its row in {CLIPS} says otherwise: {', '.join(different)}" if different else None
@@ -91,19 +92,19 @@ def _problem_of_sample(members: dict[str, bytes], spec: dict[str, Any]) -> str |
         if "mp4" in members and (problem := _problem_of_video(members["mp4"], info["frames"], spec)):
             return problem
         if "logmel.npy" in members:
-            spectrogram = np.load(io.BytesIO(members["logmel.npy"]), allow_pickle=False)
-            if spectrogram.shape != (spec["mel_bands"], info["mel_frames"]) or spectrogram.dtype != np.float16:
+            spectrogram = stored_log_mel(members["logmel.npy"])
+            if spectrogram.shape != (spec["mel_bands"], info["mel_frames"]):
                 return f"its log-mel is {spectrogram.dtype} {spectrogram.shape}"
             if not np.isfinite(spectrogram).all():
                 return "its log-mel has values that are not finite"
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         return f"unreadable: {error}"
     return None
 
 
 def _problem_of_video(mp4: bytes, frames: int, spec: dict[str, Any]) -> str | None:
     try:
-        with av.open(io.BytesIO(mp4), "r") as container:
+        with av.open(io.BytesIO(mp4), "r", format="mp4", metadata_errors="replace") as container:
             keyframes = [frame.key_frame for frame in container.decode(video=0)]
     except av.error.FFmpegError as error:
         return f"its video can't be decoded: {error.strerror}"

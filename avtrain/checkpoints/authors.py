@@ -228,4 +228,13 @@ def _read(checkpoint: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Te
     if not isinstance(content, Mapping) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise AvtrainError(f"{source}: not a checkpoint of the authors' release: a dictionary of tensors is wanted, or "
                            "one under the key state_dict")
+    hollow = [str(name) for name, tensor in content.items() if not _is_whole(tensor)]
+    if hollow:
+        raise AvtrainError(f"{source}: tensors are not stored in whole: {_listed(hollow)}")
     return source, dict(content)
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether each of its values is stored: a stranger's file may state a shape that no memory holds."""
+    return (tensor.layout is torch.strided and tensor.device.type == "cpu"
+            and tensor.nbytes <= tensor.untyped_storage().nbytes())

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -52,6 +53,19 @@ class Checkpoint(NamedTuple):
     parts: frozenset[str]
 
 
+def _check_shapes(path: Path, config: Config, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise AvtrainError where a file does not hold the tensors of its settings' model."""
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in AVBert(config.model).state_dict().items()}
+    wrong = [f"{name} is missing" for name in wanted if name not in shapes]
+    wrong += [f"{name} is unknown" for name in shapes if name not in wanted]
+    wrong += [f"{name} is {shapes[name]}, not {shape}" for name, shape in wanted.items()
+              if name in shapes and shapes[name] != shape]
+    if wrong:
+        more = f", and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise AvtrainError(f"{path}: {', '.join(wrong[:8])}{more}")
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
@@ -64,21 +78,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}
-        values, parts = json.loads(metadata["config"]), json.loads(metadata.get("parts", "null"))
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            values, parts = json.loads(metadata["config"]), json.loads(metadata.get("parts", "null"))
+            if not isinstance(values, dict) or parts is not None and not (
+                    isinstance(parts, list) and all(part in ("visual", "audio", "transformers") for part in parts)):
+                raise AvtrainError(f"{path}: its settings are damaged")
+            config = config_from(values, str(path))
+            _check_shapes(path, config, shapes)  # before any memory is taken: they may be a stranger's
+            weights = {name: file.get_tensor(name) for name in shapes}
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise AvtrainError(f"{path}: not a checkpoint of avtrain, or damaged (the authors' end in .pyth)") from error
-    if not isinstance(values, dict):
-        raise AvtrainError(f"{path}: its settings are damaged")
-    config = config_from(values, str(path))
     model = AVBert(config.model)
-    wanted = model.state_dict()
-    wrong = [f"{name} is missing" for name in wanted if name not in weights]
-    wrong += [f"{name} is unknown" for name in weights if name not in wanted]
-    wrong += [f"{name} is {tuple(weights[name].shape)}, not {tuple(tensor.shape)}" for name, tensor in wanted.items()
-              if name in weights and weights[name].shape != tensor.shape]
-    if wrong:
-        more = f", and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise AvtrainError(f"{path}: {', '.join(wrong[:8])}{more}")
     model.load_state_dict(weights)
     return Checkpoint(model.eval(), config, parts_of(config.data.modality, True) if parts is None else frozenset(parts))

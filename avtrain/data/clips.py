@@ -34,12 +34,13 @@ def check_spec(folder: ShardFolder, config: DataConfig) -> int:
     """
     spec = folder.spec
     for name, wanted in (("mel_bands", config.mels), ("mel_frames", config.mel_frames)):
-        if spec[name] != wanted:
-            raise AvtrainError(f"the shards have {name} {spec[name]}, the model wants {wanted}: set data.mels and "
+        if spec.get(name) != wanted:
+            raise AvtrainError(f"the shards have {name} {spec.get(name)}, the model wants {wanted}: set data.mels and "
                                "data.mel_frames to fit, or build other shards")
-    step, rest = divmod(int(spec["segment_frames"]), config.segment_frames)
+    length = int(spec.get("segment_frames", 0))
+    step, rest = divmod(length, config.segment_frames)
     if rest or not step:
-        raise AvtrainError(f"the shards have segments of {spec['segment_frames']} frames, the model wants "
+        raise AvtrainError(f"the shards have segments of {length} frames, the model wants "
                            f"{config.segment_frames}: data.segment_frames must divide the shards' number")
     return step
 

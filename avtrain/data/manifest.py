@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ _COLUMN_OF = {"mp4": "mp4", "logmel.npy": "logmel", "json": "json"}
 _PLACES = [f"{column}_{what}" for column in _COLUMN_OF.values() for what in ("offset", "size")]
 _READ = ["key", "shard", "start_s", "end_s", "labels", "frames", "mel_frames", *_PLACES]
 _NULLABLE = {name for name in _PLACES if not name.startswith("json")}
+_TEXTS, _LONGEST_TEXT, _MOST_LABELS = ["key", "shard"], 1000, 10_000
+_MOST_MEMBER_BYTES = 1 << 30
 _CLIP_NUMBER = re.compile(r"-\d{4,}$")
 _AGAIN = "build the split again with `avprep build`"
 
@@ -224,12 +227,9 @@ def parsed(source: str | bytes, clips: int) -> pa.Table:
         OSError: the file can't be read.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    try:
-        # No threads: worker processes are forked afterwards.
-        with pq.ParquetFile(pa.BufferReader(source) if isinstance(source, bytes) else source,
-                            pre_buffer=False) as file:
+    try:  # no threads: worker processes are forked afterwards
+        with _opened(source) as file:
             found, wanted = file.schema_arrow, schema()
             wrong = [field.name for field in wanted
                      if field.name not in found.names or not found.field(field.name).type.equals(field.type)]
@@ -237,11 +237,42 @@ def parsed(source: str | bytes, clips: int) -> pa.Table:
                 raise ValueError(f"no column {', '.join(wrong)} as it must be")
             if file.metadata.num_rows != clips:
                 raise ValueError(f"{file.metadata.num_rows} rows, where the index has {clips} clips")
+            _check_lengths(source, file.metadata)
             table = file.read(_READ, use_threads=False)
             pa.default_memory_pool().release_unused()
             return table
     except pa.ArrowException as error:
         raise ValueError(in_a_line(error)) from error
+
+
+def _opened(source: str | bytes, **options: Any) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(pa.BufferReader(source) if isinstance(source, bytes) else source, pre_buffer=False, **options)
+
+
+def _check_lengths(source: str | bytes, metadata: Any) -> None:
+    """Refuse a small file that would fill the memory: what is said a million times takes no room in it.
+
+    Raises:
+        ValueError: its texts, or lists of labels, are far longer than those of clips.
+    """
+    import pyarrow.compute as pc
+
+    size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
+    if metadata.num_rows > size:
+        raise ValueError(f"{metadata.num_rows} rows in {size} bytes")
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for chunk in map(group.column, range(group.num_columns)):
+            if chunk.path_in_schema.startswith("labels.") and chunk.num_values > _MOST_LABELS * group.num_rows:
+                raise ValueError(f"{chunk.num_values} labels of {group.num_rows} clips")
+    # Each text once, which is no larger than what is in the file.
+    with _opened(source, read_dictionary=_TEXTS) as file:
+        for name in _TEXTS:
+            for chunk in file.read([name], use_threads=False)[name].chunks:
+                if (pc.max(pc.binary_length(chunk.dictionary)).as_py() or 0) > _LONGEST_TEXT:
+                    raise ValueError(f"a {name} of more than {_LONGEST_TEXT} letters")
 
 
 def check(where: str, table: pa.Table, shards: Sequence[tuple[str, int, int]], classes: int) -> None:
@@ -296,6 +327,7 @@ def _faults(table: pa.Table, urls: list[str], clips: NDArray[np.int64], sizes: l
         yield (wanted < 0) | (wanted > 0) & ~there, f"{frames or 'its place'} without a member {column}"
         yield ((there != (lengths >= 0)) | there & ((offsets < TAR_BLOCK) | (offsets % TAR_BLOCK != 0)
                                                     | (lengths > limits - offsets))), "a member outside its shard"
+        yield lengths > _MOST_MEMBER_BYTES, "a member of more than 1 GiB"
         first = np.minimum(first, np.where(there, offsets, first))
         last = np.maximum(last, np.where(there, offsets + lengths, last))
     end_of_row_before[1:] = np.where(shards[1:] == shards[:-1], last[:-1], 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMAT, FORMAT_VERSION = "avprep-shards", 2
+_MOST_BYTES = 1 << 50  # of a shard
 _AGAIN = "build the split again with `avprep build`"
+# No path, no address, nothing that a store takes for more than a name.
+_FILE_NAME = re.compile(r"(?!\.)[^/\\:?#%*\x00-\x1f]{1,255}")
 
 
 @dataclass(frozen=True)
@@ -154,16 +158,21 @@ def _read_manifest(address: str, index: dict[str, Any], shards: list[Shard]) -> 
 
 def _shards(address: str, index: dict[str, Any]) -> list[Shard]:
     try:
-        return [Shard(_beside(address, str(entry["url"])), int(entry["nsamples"]), int(entry["filesize"]),
-                      str(entry["sha256"])) for entry in index["shardlist"]]
-    except (KeyError, TypeError, ValueError) as error:
+        shards = [Shard(_beside(address, str(entry["url"])), int(entry["nsamples"]), int(entry["filesize"]),
+                        str(entry["sha256"])) for entry in index["shardlist"]]
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise AvtrainError(f"{shown(address)} is damaged: an entry of its shardlist can't be read: {error!r}; build "
                            "the split again with `avprep build`") from error
+    for shard in shards:  # a clip takes two blocks at least: for its json, and the header before that
+        if not 0 <= 2 * TAR_BLOCK * shard.clips <= shard.size < _MOST_BYTES:
+            raise AvtrainError(f"{shown(address)} is damaged: a shard of {shard.clips} clips in {shard.size} bytes: "
+                               f"{_AGAIN}")
+    return shards
 
 
 def _beside(address: str, name: str) -> str:
     """The address of a shard, which lies beside its index."""
-    if "/" in name or name.startswith("."):
+    if not _FILE_NAME.fullmatch(name):
         raise AvtrainError(f"{shown(address)}: the shard {name!r} does not lie beside its index")
     return beside(address, name) if is_remote(address) else str(Path(address).parent / name)
 
@@ -180,13 +189,15 @@ def _read_index(location: str) -> tuple[str, dict[str, Any]]:
             raise AvtrainError(f"no {path}: name folders that `avprep build` has finished, such as shards/demo/train")
         try:
             index = json.loads(path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise AvtrainError(f"{address} is not a readable index: {error}") from error
     where = shown(address)
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise AvtrainError(f"{where} is not an index of avprep shards")
     wanted = {"format_version": int, "spec": dict, "classes": list, "multi_label": bool, "shardlist": list}
     lacking = [name for name, kind in wanted.items() if not isinstance(index.get(name), kind)]
+    lacking += [f"spec.{name}" for name in ("segment_frames", "mel_bands", "mel_frames", "reference_step")
+                if "spec" not in lacking and (type(value := index["spec"].get(name, 1)) is not int or value < 1)]
     if lacking:
         raise AvtrainError(f"{where} is damaged: no {', '.join(lacking)}; build the split again with `avprep build`")
     if index["format_version"] != FORMAT_VERSION:

@@ -35,6 +35,7 @@ _BLOCK_BYTES = 1 << 18        # of a stream
 _RANGE_BYTES = 1 << 25        # of a request, where there is one for each range
 _PASSING_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 _NO_SUCH_RANGE = 416
+_MOST_BYTES = 1 << 31  # of an index or a manifest
 _IS_IT_THERE = "is the address right, and the upload finished?"
 _ADVICE = {401: "it wants credentials", 403: "is the token in the address right, and not expired?", 404: _IS_IT_THERE}
 _IS_IT_RIGHT = "is the address right?"
@@ -137,10 +138,14 @@ def fetch(address: str, parse: Callable[[bytes], _Result], complaint: str) -> _R
         AvtrainError: it can't be had, or not be parsed.
     """
     def attempt() -> _Result:
-        content = b"".join(blocks(address))
+        content = bytearray()
+        for block in blocks(address):
+            content += block
+            if len(content) > _MOST_BYTES:
+                raise NotFetched(shown(address), f"has more than {_MOST_BYTES / 2**30:g} GiB", _IS_IT_RIGHT)
         try:
-            return parse(content)
-        except ValueError as error:
+            return parse(bytes(content))
+        except (ValueError, RecursionError) as error:
             raise Damaged(f"{complaint} ({error})") from error
 
     return patiently(address, attempt)

@@ -160,16 +160,34 @@ def samples(shards: Iterable[Shard]) -> Iterator[dict[str, Any]]:
     Raises:
         AvtrainError: a shard can't be had, is no tar, or has another checksum than its index says.
     """
-    from webdataset.tariterators import group_by_keys, tar_file_expander
+    from webdataset.tariterators import group_by_keys
 
     for shard in shards:
         stream = io.BufferedReader(_Stream(_whole(shard)), _BLOCK_BYTES)
         try:
-            yield from group_by_keys(tar_file_expander([{"url": shard.name, "stream": stream}]))
-        except (tarfile.TarError, EOFError) as error:
+            yield from group_by_keys(_members(stream, shard))
+        except (tarfile.TarError, EOFError, ValueError) as error:
             raise AvtrainError(f"{shard.name} can't be read as a tar: run `avprep verify`, or copy it again") from error
         while stream.read(_BLOCK_BYTES):  # what stands behind the last member
             pass
+
+
+def _members(stream: Any, shard: Shard) -> Iterator[dict[str, Any]]:
+    """The files of a tar as webdataset groups them. Not by its own reader, which unpacks what is compressed or sparse,
+    whatever it comes to.
+
+    Raises:
+        TarError: a member is no plain file, or longer than the shard.
+    """
+    with tarfile.open(fileobj=stream, mode="r|") as tar:
+        for member in tar:
+            plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.sparse and not member.pax_headers
+            if not plain or member.offset_data + member.size > shard.size:
+                raise tarfile.ReadError(f"{member.name[:100]!r} is no plain file of this shard")
+            content = tar.extractfile(member)
+            assert content is not None
+            yield {"fname": member.name, "data": content.read(), "__url__": shard.name}
+            tar.members = []  # type: ignore[attr-defined]  # it would keep them all
 
 
 class _Stream(io.RawIOBase):

@@ -1,6 +1,7 @@
 """Headers are read in processes that may die: the file that kills one fails alone."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -78,3 +79,11 @@ def test_no_reader_outlives_the_build(put, build, tmp_path, short_video):
     build("folder")
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert str(tmp_path) not in listed
+
+
+def test_a_title_that_is_not_utf8_and_a_codec_that_nobody_knows(ffmpeg, short_video, tmp_path):
+    """Neither is a fault of the file's pictures or sound."""
+    ffmpeg("-i", short_video, "-c", "copy", "-metadata", os.fsdecode(b"title=caf\xe9"), tmp_path / "title.mkv")
+    assert headers.read_header(tmp_path / "title.mkv").video_index == 0
+    (tmp_path / "codec.mp4").write_bytes(short_video.read_bytes().replace(b"avc1", b"qqqq"))
+    assert headers.read_header(tmp_path / "codec.mp4").audio_index == 1

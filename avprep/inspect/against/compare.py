@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avprep.inspect.against.source import PICTURE_SEARCH_S, SOUND_SEARCH_S, Around, thumbnail
-from avprep.logmel import log_mel
+from avprep.logmel import log_mel, stored_log_mel
 
 _TOLERANCE_S, _LENGTH_TOLERANCE_S = 0.1, 0.3
 _FRAMES_APART = 8
@@ -76,7 +76,7 @@ def _stored_pictures(mp4: bytes) -> list[NDArray[np.uint8]]:
     if not mp4:
         return []
     try:
-        with av.open(io.BytesIO(mp4), "r") as container:
+        with av.open(io.BytesIO(mp4), "r", format="mp4", metadata_errors="replace") as container:
             return [thumbnail(frame) for frame in container.decode(video=0)]
     except av.error.FFmpegError:  # named by `verify`
         return []
@@ -110,7 +110,7 @@ def sound_problems(around: Around, npy: bytes) -> Iterator[str]:
 
 def _stored_log_mel(npy: bytes, mel_bands: int) -> NDArray[np.float32]:
     try:
-        stored: NDArray[np.float32] = np.load(io.BytesIO(npy), allow_pickle=False).astype(np.float32)
+        stored: NDArray[np.float32] = stored_log_mel(npy).astype(np.float32)
     except (EOFError, ValueError):  # absent, or named by `verify`
         stored = np.empty((mel_bands, 0), np.float32)
     return stored if stored.ndim == 2 and len(stored) == mel_bands else np.empty((mel_bands, 0), np.float32)

@@ -15,6 +15,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from avprep.probe import only_this_file
 from avprep.spec import ClipSpec
 
 # A better place for a picture or a sound is looked for as far as this from where it should be.
@@ -62,7 +63,8 @@ def decoded(path: Path, places: list[Around]) -> Iterator[Around]:
     """
     waiting = deque(places)
     mixer = _Mixer(waiting[0].spec.sample_rate_hz)
-    with av.open(str(path), timeout=_READ_TIMEOUT_S, options={"protocol_whitelist": "file"}) as container:
+    with av.open(str(path), timeout=_READ_TIMEOUT_S, options=only_this_file(),
+                 metadata_errors="replace") as container:
         video = container.streams.best("video")
         if video is not None and video.disposition & av.stream.Disposition.attached_pic:
             video = None  # the cover of a sound file
