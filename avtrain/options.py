@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
-from avtrain.errors import AvtrainError, Stopped
+from avtrain.errors import AvtrainError, Elsewhere, Stopped
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -25,6 +25,10 @@ class Commands(click.Group):
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
+        except Elsewhere as error:
+            if is_first():  # the one that has it says so, and the first one
+                click.echo(f"Error: {error}", err=True)
+            raise click.exceptions.Exit(1) from error
         except AvtrainError as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:
@@ -32,14 +36,24 @@ class Commands(click.Group):
                 raise
             raise click.ClickException(f"{error.filename or 'system'}: {error.strerror or error}") from error
         except Stopped as stopped:
-            from avtrain import ranks  # torch
-
-            if ranks.rank() == 0:
-                click.echo(str(stopped))
+            say(str(stopped))
             raise click.exceptions.Exit(stopped.exit_code) from None
         except KeyboardInterrupt:
             click.echo("\ninterrupted", err=True)
             raise click.exceptions.Exit(130) from None
+
+
+def is_first() -> bool:
+    """Whether this is the first process of a run, or the only one."""
+    from avtrain import ranks  # torch
+
+    return ranks.started_with()[0] == 0
+
+
+def say(text: str) -> None:
+    """Print a line, once a run."""
+    if is_first():
+        click.echo(text)
 
 
 class _PastBars(logging.Handler):
