@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +19,7 @@ class Journal:
         wandb: the project on Weights & Biases; None: none.
 
     Raises:
-        AvtrainError: W&B can't be reached, or is not installed.
+        AvtrainError: W&B can't be had.
     """
 
     def __init__(self, folder: RunFolder, step: int, wandb: str | None) -> None:
@@ -58,15 +57,8 @@ class Journal:
             self._on_wandb.log({"step": step, **figures})
 
 
-def check_wandb(project: str | None) -> None:
-    """Raise AvtrainError where W&B is wanted and is not installed."""
-    if project is not None and importlib.util.find_spec("wandb") is None:
-        raise AvtrainError(f"--wandb {project} needs Weights & Biases: pip install 'avprep-avtrain[wandb]'")
-
-
 def _begun(project: str, folder: RunFolder) -> Any:
     """The run on W&B that goes with the folder; what is logged again after going on takes the same places there."""
-    check_wandb(project)
     import wandb
 
     try:

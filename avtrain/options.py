@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 import os
@@ -16,6 +17,7 @@ from avtrain.errors import AvtrainError, Elsewhere, Stopped
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
+_SHARED = ("pretrain", "eval", "embed")  # by the processes that torchrun or srun starts
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -54,6 +56,23 @@ def say(text: str) -> None:
     """Print a line, once a run."""
     if is_first():
         click.echo(text)
+
+
+def check_alone(command: str | None) -> None:
+    """Raise AvtrainError where torchrun or srun has started several processes that would all do the same."""
+    if command not in _SHARED and any(os.environ.get(name, "1") != "1" for name in ("WORLD_SIZE",
+                                                                                   "SLURM_STEP_NUM_TASKS")):
+        from avtrain import ranks  # torch
+
+        if (count := ranks.started_with()[1]) > 1:
+            raise AvtrainError(f"avtrain {command} runs in one process, and {count} were started: leave torchrun or "
+                               "srun out")
+
+
+def check_ending(output: Path, ending: str) -> None:
+    """Raise AvtrainError where the name of a file has another ending."""
+    if output.suffix != ending:
+        raise AvtrainError(f"--output {output}: a name that ends in {ending} is wanted")
 
 
 class _PastBars(logging.Handler):
@@ -104,6 +123,17 @@ def going_on_options(command: _Command) -> _Command:
     force = click.option("--force", is_flag=True, help="Begin anew: delete what an earlier run wrote to OUT (eval: of "
                          "the same splits). Without it the same command goes on with that.")
     return force(resume(command))
+
+
+def wandb_option(command: _Command) -> _Command:
+    """--wandb."""
+    def installed(context: click.Context, parameter: click.Parameter, project: str | None) -> str | None:
+        if project is not None and importlib.util.find_spec("wandb") is None:
+            raise AvtrainError(f"--wandb {project} needs Weights & Biases: pip install 'avprep-avtrain[wandb]'")
+        return project
+
+    return click.option("--wandb", metavar="PROJECT", callback=installed, help="Log to this project on Weights & "
+                        "Biases too (WANDB_MODE=offline: to the run's folder).")(command)
 
 
 def store_options(command: _Command) -> _Command:

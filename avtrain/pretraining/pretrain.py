@@ -6,7 +6,7 @@ import logging
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,8 @@ class Pretrained(NamedTuple):
 
 
 def pretrain(config: Config, train: list[str], test: list[str], out: Path, runtime: Runtime, force: bool = False,
-             max_steps: int | None = None, until: float | None = None, new_data: bool = False) -> Pretrained:
+             max_steps: int | None = None, until: float | None = None, new_data: bool = False,
+             wandb: str | None = None) -> Pretrained:
     """Pretrain a model from scratch, or go on with the run in `out` from its last checkpoint.
 
     Args:
@@ -97,6 +98,7 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
         max_steps: stop there, with a checkpoint, though the schedule goes on.
         until: stop, with a checkpoint, so that all is done then: of `time.monotonic`.
         new_data: go on with other shards than before; an epoch begins on them.
+        wandb: the project on Weights & Biases that gets the metrics too; None: none.
 
     Raises:
         Stopped: a signal came.
@@ -126,7 +128,7 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     modules: dict[str, nn.Module] = {"model": network.model, "objectives": network.objectives}
     run = Run(folder, modules, pretraining_optimizer(modules, training), training,
               lambda to: save_model(to / "model.safetensors", network.model, config), runtime.scaled,
-              mfu_of_clip_per_s(config, runtime.device, runtime.autocast_dtype))
+              mfu_of_clip_per_s(config, runtime.device, runtime.autocast_dtype), wandb)
     network.train()
     if training.cuda_graphs and runtime.device.type == "cuda":
         _capture(network, config, supply.cut.micro_batch, runtime)

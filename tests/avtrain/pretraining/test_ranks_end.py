@@ -92,8 +92,8 @@ def test_torchrun_brings_the_run_back_by_itself(all_kinds, undisturbed, tmp_path
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_torchrun_saves_at_once_and_leaves_no_process(all_kinds, undisturbed, tmp_path, number):
     out = tmp_path / "run"
-    handled = os.environ | {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"}
-    process = started([*torchrun(2), *arguments(all_kinds, out, *STEPS)], out, 13, env=handled)
+    handled = torchrun(2, "--standalone", "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    process = started([*handled, *arguments(all_kinds, out, *STEPS)], out, 13)
     process.send_signal(number)
     code, printed = ended(process, out)
     saved = max(int(path.name.removeprefix("step-")) for path in (out / "checkpoints").iterdir())
