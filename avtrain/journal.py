@@ -28,10 +28,10 @@ class Journal:
         self._on_wandb: Any = None
 
     def __enter__(self) -> Journal:
-        from torch.utils.tensorboard.writer import SummaryWriter  # seconds at first import
-
         error: AvtrainError | OSError | None = None
         if ranks.rank() == 0:
+            from torch.utils.tensorboard.writer import SummaryWriter  # seconds at first import
+
             try:
                 if self._project is not None:
                     self._on_wandb = _begun(self._project, self._folder)
@@ -62,8 +62,8 @@ def _begun(project: str, folder: RunFolder) -> Any:
     import wandb
 
     try:
-        run = wandb.init(project=project, id=folder.wandb_id(), name=folder.path.resolve().name, resume="allow",
-                         dir=str(folder.path), settings=wandb.Settings(console="off"))
+        run = wandb.init(project=project, id=folder.wandb_id(), name="/".join(folder.path.resolve().parts[-2:]),
+                         resume="allow", dir=str(folder.path), settings=wandb.Settings(console="off"))
         run.define_metric("*", step_metric="step")
     except wandb.Error as error:
         raise AvtrainError(f"--wandb {project}: {in_a_line(error)}; WANDB_MODE=offline keeps it here, for `wandb sync`"
