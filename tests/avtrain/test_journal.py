@@ -19,7 +19,7 @@ class _Error(Exception):
 class _Wandb:
     """Stands in for the package: keeps what it is told."""
 
-    Error = _Error
+    Error, __spec__ = _Error, "installed"
 
     def __init__(self):
         self.begun, self.logged, self.ended, self.error = [], [], [], None
@@ -72,6 +72,12 @@ def test_where_it_is_not_installed_the_extra_is_named(tmp_path, monkeypatch):
         done = invoke(*command, "--wandb", "demo", "--out", tmp_path / "run")
         assert done.exit_code == 1 and "pip install 'avprep-avtrain[wandb]'" in done.output
         assert len(done.output.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+def test_what_logs_nothing_is_refused(tmp_path, wandb):
+    done = invoke("eval", "--task", "ucf101", "--init", "random", "--preset", "sound", "--modality", "audio",
+                  "--protocol", "knn", "--wandb", "demo", "--out", tmp_path / "run", "--device", "cpu")
+    assert done.exit_code == 1 and done.output == "Error: --wandb demo: goes with --protocol finetune; knn logs nothing\n"
 
 
 @pytest.mark.slow
