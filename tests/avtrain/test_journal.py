@@ -77,7 +77,8 @@ def test_where_it_is_not_installed_the_extra_is_named(tmp_path, monkeypatch):
 def test_what_logs_nothing_is_refused(tmp_path, wandb):
     done = invoke("eval", "--task", "ucf101", "--init", "random", "--preset", "sound", "--modality", "audio",
                   "--protocol", "knn", "--wandb", "demo", "--out", tmp_path / "run", "--device", "cpu")
-    assert done.exit_code == 1 and done.output == "Error: --wandb demo: goes with --protocol finetune; knn logs nothing\n"
+    assert done.exit_code == 1
+    assert done.output == "Error: --wandb demo: goes with --protocol finetune; knn logs nothing\n"
 
 
 @pytest.mark.slow
