@@ -48,7 +48,7 @@ def together(count, work):
     return found
 
 
-@pytest.mark.parametrize("count", [7, 6, 1])
+@pytest.mark.parametrize("count", [7, pytest.param(6, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow)])
 def test_items_come_to_the_first_in_order_each_made_by_one(count):
     def work(rank):
         made = []
@@ -67,8 +67,8 @@ def test_items_come_to_the_first_in_order_each_made_by_one(count):
     assert {told for _, _, told in found} == {"told by 0"}
 
 
-@pytest.mark.parametrize("at", [0, 5])
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize(("who", "at"), [(1, 5), *(pytest.param(*case, marks=pytest.mark.slow)
+                                                   for case in ((0, 5), (0, 0), (1, 0)))])
 def test_where_one_fails_all_end_and_can_go_on_to_something_else(who, at):
     def work(rank):
         def mine():
@@ -86,7 +86,7 @@ def test_where_one_fails_all_end_and_can_go_on_to_something_else(who, at):
     assert together(3, work) == [(text, "on") for text in expected]
 
 
-@pytest.mark.parametrize("after", [0, 4, 9])
+@pytest.mark.parametrize("after", [4, pytest.param(0, marks=pytest.mark.slow), pytest.param(9, marks=pytest.mark.slow)])
 def test_where_the_first_can_not_take_them_all_end(after):
     def work(rank):
         def take(items):
