@@ -98,7 +98,7 @@ def test_a_signal_to_torchrun_saves_at_once_and_leaves_no_process(all_kinds, und
     code, printed = ended(process, out)
     saved = max(int(path.name.removeprefix("step-")) for path in (out / "checkpoints").iterdir())
     assert code != 0 and saved > 10 and saved == losses(out)[-1]["step"], printed
-    assert "again" in printed  # how to go on
+    assert f"stopped by {number.name} at step {saved}: the same command goes on from " in printed
     code, printed = run(all_kinds, out, 2, *STEPS)
     assert code == 0, printed
     agree(undisturbed, losses(out), 1e-8)
