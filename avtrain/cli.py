@@ -17,11 +17,16 @@ from avtrain.options import (
     FOLDER,
     Commands,
     Number,
+    check_alone,
+    check_ending,
     going_on_options,
+    is_first,
     runtime_options,
+    say,
     say_past_bars,
     set_option,
     store_options,
+    wandb_option,
 )
 
 if TYPE_CHECKING:
@@ -51,8 +56,10 @@ def main() -> None:
     # OpenMP's threads would spin while they wait for each other, on the cores that the loader's workers need. Read when
     # torch is first imported; a step of the tiny preset on two cores then takes 0.8 of the time.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    click.get_current_context().obj = time.monotonic()  # the start, for --max-time: what takes time is loaded later
+    context = click.get_current_context()
+    context.obj = time.monotonic()  # the start, for --max-time: what takes time is loaded later
     say_past_bars()
+    check_alone(context.invoked_subcommand)
 
 
 @main.command()
@@ -108,12 +115,13 @@ def _shortcuts(config: Config, fusion: str | None, share: str | None, rank: int 
 @click.option("--max-time", type=Number(0.01),
               help="Be done so many minutes after the start, evaluation and checkpoint included.")
 @click.option("--new-data", is_flag=True, help="Go on with other shards than before: an epoch begins on them.")
+@wandb_option
 @store_options
 @runtime_options("float64")
 @click.pass_obj
 def pretrain(started: float, shards: tuple[str, ...], test_shards: tuple[str, ...], preset: str,
              overrides: tuple[str, ...], out: Path, force: bool, max_steps: int | None, max_time: float | None,
-             new_data: bool, device: str | None, precision: str) -> None:
+             new_data: bool, wandb: str | None, device: str | None, precision: str) -> None:
     """Pretrain a model from scratch on shards. Run again, a run that was stopped goes on to the same losses."""
     from avtrain import ranks
     from avtrain.config import read_config
@@ -124,7 +132,7 @@ def pretrain(started: float, shards: tuple[str, ...], test_shards: tuple[str, ..
 
     config = read_config(preset, overrides)
     if config.data.order == "stream":
-        click.echo("data.order=stream: shuffled within each worker; other data.workers or processes give another order")
+        say("data.order=stream: shuffled within each worker; other data.workers or processes give another order")
     train = [_split_of(location, "train") or location for location in shards]
     test = list(test_shards) or [there for location in shards
                                  if (there := _split_of(location, "test") or _split_of(location, "val"))]
@@ -132,14 +140,14 @@ def pretrain(started: float, shards: tuple[str, ...], test_shards: tuple[str, ..
     try:
         ranks.begin(runtime.device)
         run = run_pretraining(config, train, test, out, runtime, force, max_steps,
-                              started + 60 * max_time if max_time else None, new_data)
-    except Stopped:
-        if ranks.rank() == 0 and RunFolder(out).lines():
+                              started + 60 * max_time if max_time else None, new_data, wandb)
+    except Stopped as stopped:
+        say(str(stopped))  # first: who says stop may not wait for the report
+        if is_first() and RunFolder(out).lines():
             write_report(out)
-        raise
-    first = ranks.rank() == 0
+        raise click.exceptions.Exit(stopped.exit_code) from None
     ranks.end()
-    if not first:
+    if not is_first():
         return
     if run.folder.last_checkpoint() is None:
         raise AvtrainError(f"--max-time {max_time}: there was no time for a step, an evaluation and a checkpoint")
@@ -184,15 +192,17 @@ def _split_of(location: str, split: str) -> str | None:
               help="Folder of the results.  [default: runs/eval/TASK-PROTOCOL-MODALITY-START[-splitN]]")
 @click.option("--cache", type=FOLDER, default=Path("runs/features"), help="Folder of frozen features.")
 @going_on_options
-@runtime_options()
+@wandb_option
+@runtime_options("float64")
 def evaluate(task: str, checkpoint: Path | None, init: str | None, preset: str | None, protocol: str | None,
              recipe: str, split: str, modality: str | None, shards: Path, validation: float, seed: int,
-             overrides: tuple[str, ...], out: Path | None, cache: Path, force: bool, device: str | None,
-             precision: str) -> None:
+             overrides: tuple[str, ...], out: Path | None, cache: Path, force: bool, wandb: str | None,
+             device: str | None, precision: str) -> None:
     """Transfer a checkpoint to a task: train on its training split, test on its test split.
 
     Run again, it goes on with what is in OUT, and does nothing again that is done.
     """
+    from avtrain import ranks
     from avtrain.config import ModelConfig, ViewConfig, check_overrides
     from avtrain.runtime import choose_runtime
     from avtrain.transfer.evaluate import Trial, evaluate_task
@@ -210,7 +220,7 @@ def evaluate(task: str, checkpoint: Path | None, init: str | None, preset: str |
         raise AvtrainError(f"--preset {preset}: goes with --init random; a checkpoint brings its own network")
     if not init and not checkpoint:
         checkpoint = newest_checkpoint(Path("runs"))
-        click.echo(f"--checkpoint {checkpoint}: the last one of the newest run under runs/")
+        say(f"--checkpoint {checkpoint}: the last one of the newest run under runs/")
     check_overrides(overrides, {"transfer": None, "data": ViewConfig} | ({} if checkpoint else {"model": ModelConfig}))
     of_protocol = [override for override in overrides if override.startswith("transfer.")]
     of_source = [override for override in overrides if not override.startswith("transfer.")]
@@ -224,6 +234,9 @@ def evaluate(task: str, checkpoint: Path | None, init: str | None, preset: str |
         chosen = protocol or TASKS[name].protocol
         trials.append(Trial(name, protocol_for(name, chosen, recipe, of_protocol), modality or TASKS[name].modality,
                             validation, seed))
+    if wandb is not None and not any(trial.protocol.name == "finetune" for trial in trials):
+        raise AvtrainError(f"--wandb {wandb}: goes with --protocol finetune; {trials[0].protocol.name} logs nothing")
+    ranks.begin(runtime.device)
 
     def transferred(trial: Trial, splits: list[str]) -> dict[str, Any]:
         """Transfer to one task, and print what came out."""
@@ -232,20 +245,22 @@ def evaluate(task: str, checkpoint: Path | None, init: str | None, preset: str |
         folder = Path("runs/eval", name if split == "all" else f"{name}-split{split}")
         if out:
             folder = out / trial.task if task == "all" else out
-        results, before = evaluate_task(source, trial, splits, shards, folder, cache, runtime, force)
+        results, before = evaluate_task(source, trial, splits, shards, folder, cache, runtime, force, wandb)
         if before:
-            click.echo(f"{folder} is finished already: nothing is left to do (--force begins anew)")
-        click.echo(f"{results_text(results)}\n  {folder}/results.json (95 % bootstrap intervals over videos)")
+            say(f"{folder} is finished already: nothing is left to do (--force begins anew)")
+        say(f"{results_text(results)}\n  {folder}/results.json (95 % bootstrap intervals over videos)")
         return results
 
     if task != "all":
         transferred(trials[0], splits_of(task, split, shards))
+        ranks.end()
         return
     wanted = [(trial, splits) for trial in trials
               if (splits := [one for one in complete[trial.task] if split in ("all", one)])]
     if not wanted:
         raise AvtrainError(f"--task all --split {split}: no task has all shards of a split in {shards}")
     _evaluate_all(transferred, wanted)
+    ranks.end()
 
 
 def _evaluate_all(transferred: Callable[[Trial, list[str]], dict[str, Any]],
@@ -262,7 +277,7 @@ def _evaluate_all(transferred: Callable[[Trial, list[str]], dict[str, Any]],
         except AvtrainError as error:
             failed.append(TaskFailed(trial.task, str(error)))
     if rows:
-        click.echo(table_text(rows))
+        say(table_text(rows))
     if failed:
         raise AvtrainError("\n  ".join([f"{len(failed)} of {len(wanted)} tasks could not be evaluated:",
                                         *map(str, failed)]))
@@ -283,23 +298,21 @@ def embed(checkpoint: Path, shards: tuple[str, ...], output: Path, overrides: tu
     Of each clip the first data.segments segments, as many as the checkpoint was trained with; --set data.segments=15
     takes more. The file appears when it is whole: a run that was stopped begins again.
     """
+    from avtrain import ranks
     from avtrain.data.shards import open_folders
     from avtrain.files import remove_leftovers
     from avtrain.runtime import choose_runtime
     from avtrain.transfer.embeddings import write_embeddings
 
-    _check_ending(output, ".parquet")
+    check_ending(output, ".parquet")
     source = _embedder(checkpoint, overrides)
     folder, runtime = open_folders(list(shards)), choose_runtime(device, precision)
-    if remove_leftovers(output):
-        click.echo(f"{output}: what a killed run had left of it is removed, and it is begun again")
+    ranks.begin(runtime.device)
+    if ranks.by_first(lambda: remove_leftovers(output)):
+        say(f"{output}: what a killed run had left of it is removed, and it is begun again")
     rows = write_embeddings(source.model, folder, source.data, runtime, output)
-    click.echo(f"{rows} rows in {output}")
-
-
-def _check_ending(output: Path, ending: str) -> None:
-    if output.suffix != ending:
-        raise AvtrainError(f"--output {output}: a name that ends in {ending} is wanted")
+    ranks.end()
+    say(f"{rows} rows in {output}")
 
 
 def _embedder(checkpoint: Path, overrides: tuple[str, ...]) -> Start:
@@ -329,7 +342,7 @@ def retrieve(checkpoint: Path, shards: Path, output: Path, overrides: tuple[str,
     from avtrain.transfer.retrieval import draw_retrieval
     from avtrain.transfer.retrieval import retrieve as search
 
-    _check_ending(output, ".png")
+    check_ending(output, ".png")
     for split in ("train", "test"):
         if not (shards / split / "index.json").is_file():
             raise AvtrainError(f"--shards {shards}: no {split}/index.json in it; the folder of a dataset with a train "

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,9 +19,11 @@ from avtrain import ranks
 from avtrain.config import TrainingConfig
 from avtrain.errors import AvtrainError, Stopped
 from avtrain.finite_steps import FiniteSteps, LossScale
+from avtrain.journal import Journal
 from avtrain.progress import bar_options
 from avtrain.run_folder import Line, RunFolder
 from avtrain.saved_state import NotSaved
+from avtrain.speed import Span
 from avtrain.stopping import Interrupted, Stopping, Took
 
 _MOST_BAD_STEPS = 10
@@ -75,6 +76,7 @@ class Run:
         save_weights: writes what others use of a checkpoint (the model's own file) into its folder.
         scaled: losses are scaled, as float16 needs it.
         mfu_of_clip_per_s: the share of the device's arithmetic that one clip a second takes, where that is known.
+        wandb: the project on Weights & Biases that gets its metrics too; None: none.
 
     Raises:
         ValueError: the optimiser is not a fused one.
@@ -82,14 +84,14 @@ class Run:
 
     def __init__(self, folder: RunFolder, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer,
                  config: TrainingConfig, save_weights: Callable[[Path], None], scaled: bool = False,
-                 mfu_of_clip_per_s: float | None = None) -> None:
+                 mfu_of_clip_per_s: float | None = None, wandb: str | None = None) -> None:
         if not all(group.get("fused") for group in optimizer.param_groups):
             raise ValueError("a fused optimiser is wanted: others would take steps that are not finite")
         self.folder, self.modules, self.config = folder, modules, config
         self.position = Position()
         self.bad_steps = 0  # the last ones, in a row, that were not finite
         self._optimizer, self._save_weights = optimizer, save_weights
-        self._mfu_of_clip_per_s = mfu_of_clip_per_s
+        self._mfu_of_clip_per_s, self._wandb = mfu_of_clip_per_s, wandb
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._scale = LossScale(self._parameters[0].device) if scaled else None
         self._data: dict[str, Any] = {}  # what the position's clips are counted in
@@ -101,7 +103,8 @@ class Run:
     def train(self, step: Step, batches: Batches, autocast: Callable[[], Any], evaluate: Evaluate | None,
               max_steps: int | None = None, until: float | None = None) -> None:
         """Train until the schedule's end, `max_steps`, or so that all is done at `until` (of `time.monotonic`); saves
-        and evaluates at the end. An evaluation that the last checkpoint lacks is made up first.
+        and evaluates at the end. An evaluation that the last checkpoint lacks is made up first. Of several processes
+        the first one saves and evaluates.
 
         Nothing is done where the run is there already.
 
@@ -109,45 +112,40 @@ class Run:
             Stopped: a signal came; a checkpoint was written after the step under way, or before it where it still
                 waited for data.
             AvtrainError: the loss was not finite ten times in a row, or at the end, without a checkpoint from before;
-                the last checkpoint can't be written; or of the data, after a checkpoint.
+                the last checkpoint can't be written; or of the data of any process, after a checkpoint.
         """
-        from torch.utils.tensorboard.writer import SummaryWriter  # seconds at first import
-
-        end = last_step(self.config, max_steps)
-        if self.position.step >= end and self.folder.due() is None:
+        end, due = last_step(self.config, max_steps), ranks.by_first(self.folder.due)
+        if self.position.step >= end and due is None:
             return
-        first = ranks.rank() == 0  # it alone writes and evaluates
-        if self.position.step == 0 and first:
+        if self.position.step == 0 and ranks.rank() == 0:
             self.folder.begin()
         self.bad_steps, self._saved_at = 0, time.monotonic()
         if evaluate is None:
             self._took.last["evaluation"] = 0.0
         finite = FiniteSteps(list(self.modules.values()), self._parameters[0].device)
         with (Stopping(until) as stop, closing(stop.supply(batches.starting_at(self.position.clips))) as supply,
-              SummaryWriter(str(self.folder.tensorboard), purge_step=self.position.step + 1) if first
-              else nullcontext() as writer,
+              Journal(self.folder, self.position.step, self._wandb) as journal,
               tqdm(initial=self.position.step, total=end, desc="train", unit="step", **bar_options()) as bar):
-            if (line := self.folder.due()) is not None and first:
-                self._log_evaluated(line, evaluate, stop, writer)
+            if due is not None:
+                self._log_evaluated(due, evaluate, stop, journal)
             try:
-                self._train(step, supply, batches, autocast, evaluate, finite, stop, end, writer, bar)
+                self._train(step, supply, batches, autocast, evaluate, finite, stop, end, journal, bar)
             except Interrupted:
                 pass  # the step is undone
             self._read(finite)
             if self.folder.last_step() != self.position.step:
                 self._save()
-        if self._not_saved:
-            raise self._not_saved
+        ranks.agree(self._not_saved)
         if stop.asked is not None:
             raise Stopped(stop.asked, self.position.step, self.folder.last_checkpoint())
         if self.bad_steps and self.folder.last_checkpoint() is None:
             raise self._diverged()
 
     def _train(self, step: Step, supply: Iterator[Any], batches: Batches, autocast: Callable[[], Any],
-               evaluate: Evaluate | None, finite: FiniteSteps, stop: Stopping, end: int, writer: Any,
+               evaluate: Evaluate | None, finite: FiniteSteps, stop: Stopping, end: int, journal: Journal,
                bar: Any) -> None:
         """The loop."""
-        first, span, ends = ranks.rank() == 0, _Span(), stop.is_time(self._took)
+        first, span, ends = ranks.rank() == 0, Span(), stop.is_time(self._took)
         while self.position.step < end and not ends and not stop.all_stop():
             with self._took.step():
                 rate, figures, norm = self._step(step, supply, batches, autocast, span, finite)
@@ -155,35 +153,38 @@ class Run:
             ends = self.position.step == end or stop.is_time(self._took)
             intervals = (self.config.log_every, self.config.evaluate_every, self.config.save_every)
             logs, evaluates, saves = (ends or self.position.step % interval == 0 for interval in intervals)
-            saves = saves or evaluates and evaluate is not None or self._late or self._is_long_ago()
+            # Not by the clocks of the others, which would go other ways.
+            saves = first and (saves or evaluates and evaluate is not None or self._late or self._is_long_ago())
             if not (logs or evaluates or saves):
                 continue  # the device isn't waited for
             self._read(finite)
             if self.bad_steps >= _MOST_BAD_STEPS:
                 raise self._diverged()
-            line = {name: float(value) for name, value in figures.items()}
-            line |= {"epoch": self.position.clips // len(batches), "learning_rate": rate,
-                     "gradient_norm": float(norm), **span.figures(self._mfu_of_clip_per_s), "memory_mib": _memory_mib(),
-                     "skipped_steps": self.position.skipped_steps}
+            line: Line = {}
+            if logs or evaluates:
+                line = {name: float(value) for name, value in figures.items()}
+                line |= {"epoch": self.position.clips // len(batches), "learning_rate": rate,
+                         "gradient_norm": float(norm), "skipped_steps": self.position.skipped_steps,
+                         **span.figures(norm.device, self._mfu_of_clip_per_s)}
+                bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
             self._late = saves and self.bad_steps > 0 and not ends
             # A line is there before its checkpoint, or is kept in it until its evaluation is done.
             if logs and not evaluates and first:
-                self._log(line, writer)
+                journal.add(self.position.step, line)
             if saves and not self._late:
                 self._save(line if evaluates else None)
-            if evaluates and first:
-                self._log_evaluated(line, evaluate, stop, writer)
-            if logs or evaluates:
-                bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
-                span = _Span()
+            if evaluates:
+                self._log_evaluated(line, evaluate, stop, journal)
+            if line:
+                span = Span()
 
-    def _step(self, step: Step, supply: Iterator[Any], batches: Batches, autocast: Callable[[], Any], span: _Span,
+    def _step(self, step: Step, supply: Iterator[Any], batches: Batches, autocast: Callable[[], Any], span: Span,
               finite: FiniteSteps) -> tuple[float, dict[str, Tensor], Tensor]:
         """One optimiser step: (learning rate, figures, gradient's norm). Without all of its data nothing is changed.
 
         Raises:
             Interrupted: a signal came while data were waited for.
-            AvtrainError, OSError: of the data, after a checkpoint.
+            AvtrainError, OSError: of the data of any process, after a checkpoint.
         """
         random = _random_states(self._parameters[0].device)
         rate = learning_rate(self.position.step, self.config)
@@ -195,10 +196,12 @@ class Run:
             _set_random_states(self._parameters[0].device, *random)
             finite.take_back()
             self._optimizer.zero_grad(set_to_none=not self.config.cuda_graphs)
-            if not isinstance(error, Interrupted):
+            if not isinstance(error, Interrupted | ranks.Gone):
                 self._read(finite)
                 if self.bad_steps == 0 and self.folder.last_step() != self.position.step:
                     self._save()
+                with suppress(ranks.Gone):
+                    ranks.agree()  # the end of one is that of all, and it is still being saved
             raise
         if self._scale:
             self._scale.unscale(self._parameters)
@@ -212,17 +215,22 @@ class Run:
         self.position.clips += batches.batch_size
         return rate, figures, norm
 
-    def _log_evaluated(self, line: Line, evaluate: Evaluate | None, stop: Stopping, writer: Any) -> None:
+    def _log_evaluated(self, line: Line, evaluate: Evaluate | None, stop: Stopping, journal: Journal) -> None:
         """Log a line, with the figures on held-out clips; none where a signal comes meanwhile: the last checkpoint
-        knows that it is due."""
-        if evaluate is not None:
-            try:
-                with stop.interruptible(), self._took.measured("evaluation"):
-                    line = line | evaluate()
-            except Interrupted:
-                return
-            line |= {"evaluation_s": self._took.last["evaluation"]}
-        self._log(line, writer)
+        knows that it is due. The others wait for the first process."""
+        error: AvtrainError | OSError | None = None
+        try:
+            if ranks.rank() == 0:
+                if evaluate is not None:
+                    with stop.interruptible(), self._took.measured("evaluation"):
+                        line = line | evaluate()
+                    line |= {"evaluation_s": self._took.last["evaluation"]}
+                journal.add(self.position.step, line)
+        except Interrupted:
+            pass
+        except (AvtrainError, OSError) as failed:
+            error = failed
+        ranks.agree(error)
 
     def _is_long_ago(self) -> bool:
         """Whether it is time for a checkpoint."""
@@ -253,13 +261,11 @@ class Run:
                             "--precision float32")
 
     def _accumulate(self, step: Step, supply: Iterator[Any], parts: int, autocast: Callable[[], Any],
-                    span: _Span) -> dict[str, Tensor]:
+                    span: Span) -> dict[str, Tensor]:
         """Gradients of one optimiser step, from all its parts; figures of the whole batch."""
         total: dict[str, Tensor] = {}
         for part in range(parts):
-            asked = time.monotonic()
-            batch = next(supply)
-            span.took(time.monotonic() - asked, len(batch.keys))
+            batch = _next_of_all(supply, span)
             with autocast():
                 loss, figures = step(batch, part)
             # Averaged over the processes, where their shares are to be added up.
@@ -268,11 +274,6 @@ class Run:
                 total[name] = total[name] + value if name in total else value
         of_all = ranks.summed(torch.stack([value.detach() for value in total.values()]))
         return dict(zip(total, of_all, strict=True))
-
-    def _log(self, figures: dict[str, float], writer: Any) -> None:
-        self.folder.log({"step": self.position.step, **figures})
-        for name, value in figures.items():
-            writer.add_scalar(name, value, self.position.step)
 
     def save(self, due: Line | None = None) -> None:
         """Write a checkpoint, whole or not at all, and delete the oldest ones; the first process does.
@@ -338,6 +339,23 @@ class Run:
         return True
 
 
+def _next_of_all(supply: Iterator[Any], span: Span) -> Any:
+    """The next part of the data, once all processes have theirs: who had none would be waited for without end.
+
+    Raises:
+        AvtrainError, OSError: one of them can't have it.
+    """
+    asked, batch = time.monotonic(), None
+    error: AvtrainError | OSError | None = None
+    try:
+        batch = next(supply)
+        span.took(time.monotonic() - asked, len(batch.keys))
+    except (AvtrainError, OSError) as failed:
+        error = failed
+    ranks.agree(error)
+    return batch
+
+
 def _random_states(device: torch.device) -> tuple[Tensor, Tensor | None]:
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
@@ -357,24 +375,6 @@ def _position_of(saved: dict[str, int], batches: Batches) -> Position:
     return Position(saved["step"], clips, saved["skipped_steps"])
 
 
-class _Span:
-    """Time and clips since the last line of metrics."""
-
-    def __init__(self) -> None:
-        self._began, self._waited_s, self._clips = time.monotonic(), 0.0, 0
-
-    def took(self, waited_s: float, clips: int) -> None:
-        """A batch came."""
-        self._waited_s, self._clips = self._waited_s + waited_s, self._clips + clips
-
-    def figures(self, mfu_of_clip_per_s: float | None) -> dict[str, float]:
-        """Clips a second of all processes, the slowest one's share of time spent waiting for data, MFU where known."""
-        elapsed_s = time.monotonic() - self._began
-        own = self._clips / elapsed_s
-        found = {"clips_per_s": own * ranks.ranks(), "waiting_share": ranks.largest(self._waited_s / elapsed_s)}
-        return found if mfu_of_clip_per_s is None else found | {"mfu": own * mfu_of_clip_per_s}
-
-
 def last_step(config: TrainingConfig, max_steps: int | None) -> int:
     """Where a call ends: at the schedule's end, or before."""
     return min(config.steps, max_steps or config.steps)
@@ -387,14 +387,3 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
         return config.learning_rate * (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1.0, config.steps - warmup)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def _memory_mib() -> float:
-    """Resident memory of this process."""
-    try:
-        with open("/proc/self/statm", encoding="utf-8") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-    except OSError:
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

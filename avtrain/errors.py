@@ -49,6 +49,22 @@ class TooManyUnreadable(AvtrainError):
                 f"the shards again.\n  {listed}")
 
 
+class Elsewhere(AvtrainError):
+    """Another process of this run can't go on, and says why itself.
+
+    Args:
+        rank: its number.
+        reason: a line.
+    """
+
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(rank, reason)
+        self.rank, self.reason = rank, reason
+
+    def __str__(self) -> str:
+        return f"process {self.rank} can't go on: {self.reason}"
+
+
 class Stopped(Exception):
     """A run that was told by a signal to stop, and did so with its state saved. No error: it can go on.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 import os
@@ -12,10 +13,11 @@ from typing import Any, TypeVar
 
 import click
 
-from avtrain.errors import AvtrainError, Stopped
+from avtrain.errors import AvtrainError, Elsewhere, Stopped
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
+_SHARED = ("pretrain", "eval", "embed")  # by the processes that torchrun or srun starts
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -25,6 +27,10 @@ class Commands(click.Group):
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
+        except Elsewhere as error:
+            if is_first():  # the one that has it says so, and the first one
+                click.echo(f"Error: {error}", err=True)
+            raise click.exceptions.Exit(1) from error
         except AvtrainError as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:
@@ -32,14 +38,41 @@ class Commands(click.Group):
                 raise
             raise click.ClickException(f"{error.filename or 'system'}: {error.strerror or error}") from error
         except Stopped as stopped:
-            from avtrain import ranks  # torch
-
-            if ranks.rank() == 0:
-                click.echo(str(stopped))
+            say(str(stopped))
             raise click.exceptions.Exit(stopped.exit_code) from None
         except KeyboardInterrupt:
             click.echo("\ninterrupted", err=True)
             raise click.exceptions.Exit(130) from None
+
+
+def is_first() -> bool:
+    """Whether this is the first process of a run, or the only one."""
+    from avtrain import ranks  # torch
+
+    return ranks.started_with()[0] == 0
+
+
+def say(text: str) -> None:
+    """Print a line, once a run."""
+    if is_first():
+        click.echo(text)
+
+
+def check_alone(command: str | None) -> None:
+    """Raise AvtrainError where torchrun or srun has started several processes that would all do the same."""
+    if command not in _SHARED and any(os.environ.get(name, "1") != "1" for name in ("WORLD_SIZE",
+                                                                                   "SLURM_STEP_NUM_TASKS")):
+        from avtrain import ranks  # torch
+
+        if (count := ranks.started_with()[1]) > 1:
+            raise AvtrainError(f"avtrain {command} runs in one process, and {count} were started: leave torchrun or "
+                               "srun out")
+
+
+def check_ending(output: Path, ending: str) -> None:
+    """Raise AvtrainError where the name of a file has another ending."""
+    if output.suffix != ending:
+        raise AvtrainError(f"--output {output}: a name that ends in {ending} is wanted")
 
 
 class _PastBars(logging.Handler):
@@ -90,6 +123,17 @@ def going_on_options(command: _Command) -> _Command:
     force = click.option("--force", is_flag=True, help="Begin anew: delete what an earlier run wrote to OUT (eval: of "
                          "the same splits). Without it the same command goes on with that.")
     return force(resume(command))
+
+
+def wandb_option(command: _Command) -> _Command:
+    """--wandb."""
+    def installed(context: click.Context, parameter: click.Parameter, project: str | None) -> str | None:
+        if project is not None and importlib.util.find_spec("wandb") is None:
+            raise AvtrainError(f"--wandb {project} needs Weights & Biases: pip install 'avprep-avtrain[wandb]'")
+        return project
+
+    return click.option("--wandb", metavar="PROJECT", callback=installed, help="Log to this project on Weights & "
+                        "Biases too (WANDB_MODE=offline: to the run's folder).")(command)
 
 
 def store_options(command: _Command) -> _Command:

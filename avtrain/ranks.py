@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from inspect import signature
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
-from avtrain.errors import AvtrainError, in_a_line
+from avtrain.errors import AvtrainError, Elsewhere, in_a_line
+
+_T = TypeVar("_T")
 
 _PATIENCE = timedelta(hours=6)  # the others wait as long while the first one evaluates; whoever ends is noticed at once
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -87,11 +92,103 @@ def summed(values: Tensor) -> Tensor:
 
 def largest(value: float) -> float:
     """The largest of the processes' values, by way of the hosts alone."""
+    return largest_of_each(value)[0]
+
+
+def largest_of_each(*values: float) -> list[float]:
+    """The same, of each of several values, at once."""
     if not dist.is_initialized():
-        return value
-    values = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(values, dist.ReduceOp.MAX, group=_host_group)
-    return float(values)
+        return list(values)
+    each = torch.tensor(values, dtype=torch.float64)
+    with _told_in_a_line():
+        dist.all_reduce(each, dist.ReduceOp.MAX, group=_host_group)
+    return [float(value) for value in each]
+
+
+class Gone(AvtrainError):
+    """Another process of the run is there no more."""
+
+
+@contextmanager
+def _told_in_a_line() -> Iterator[None]:
+    """Who ends is noticed by those who wait for it.
+
+    Raises:
+        Gone: somebody ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise Gone("another process of this run has ended: what it said of it stands further up, or in its own "
+                   "log") from error
+
+
+def agree(error: AvtrainError | OSError | None = None) -> None:
+    """Wait for all processes to be here. Where one of them has an error, none goes on.
+
+    Raises:
+        AvtrainError, OSError: this one's own.
+        Elsewhere: another one's.
+    """
+    if not dist.is_initialized():
+        if error is not None:
+            raise error
+        return
+    failed = ranks() - int(largest(0.0 if error is None else ranks() - rank()))
+    if failed < ranks():
+        told = [in_a_line(error) if error is not None and failed == rank() else ""]
+        with _told_in_a_line():
+            dist.broadcast_object_list(told, failed, group=_host_group)
+        raise error or Elsewhere(failed, told[0])
+
+
+def by_first(make: Callable[[], _T]) -> _T:
+    """What the first process makes, on all of them: what depends on files, or writes some. The others wait for it.
+
+    Raises:
+        AvtrainError, OSError: on the first process, what `make` raises; `Elsewhere` on the others.
+    """
+    made: list[Any] = [None]
+    error: AvtrainError | OSError | None = None
+    if rank() == 0:
+        try:
+            made = [make()]
+        except (AvtrainError, OSError) as failed:
+            error = failed
+    agree(error)
+    if dist.is_initialized():
+        with _told_in_a_line():
+            dist.broadcast_object_list(made, 0, group=_host_group)
+    return cast(_T, made[0])
+
+
+def collected(item: Any) -> list[Any]:
+    """An item of each process, on the first of them; [] on the others."""
+    if not dist.is_initialized():
+        return [item]
+    items = [None] * ranks() if rank() == 0 else None
+    with _told_in_a_line():
+        dist.gather_object(item, items, 0, group=_host_group)
+    return items or []
+
+
+def averaging(network: nn.Module, device: torch.device, synced: bool, unused: bool = False) -> Any:
+    """The network as all processes train it together; gradients are averaged after the last part of a batch.
+
+    Args:
+        network: of this process; itself where there is no other one.
+        device: that it is on.
+        synced: its averages are those of all processes already.
+        unused: a step may have no gradient for some parameters.
+    """
+    if ranks() == 1:
+        return network
+    devices = [device] if device.type == "cuda" else None
+    # Another name from torch 2.13 on, with a warning about the old one.
+    named = signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"
+    options: dict[str, Any] = {buffers: not synced, "find_unused_parameters": unused}
+    return DistributedDataParallel(network, devices, **options)
 
 
 def gathered(values: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from avtrain.saved_state import Damaged, NotSaved, due_of, has_all, read_state, 
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.json"  # of pretraining: all its settings
+_WANDB_ID = "wandb_id.txt"
 _MOST_NAMED = 4  # differences that an error shows
 _LONGEST_SHOWN = 60  # characters of a value
 
@@ -27,7 +29,8 @@ _LOG = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """The folder of a training run: `metrics.jsonl`, `checkpoints/step-NNNNNN/`, `tensorboard/`."""
+    """The folder of a training run: `metrics.jsonl`, `checkpoints/step-NNNNNN/`, `tensorboard/`, and what Weights &
+    Biases keeps."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -144,6 +147,14 @@ class RunFolder:
                                "it: --force begins anew")
         return None
 
+    def wandb_id(self) -> str:
+        """Under which the run is known to Weights & Biases, made up the first time."""
+        path = self.path / _WANDB_ID
+        if not path.is_file():
+            with written_whole(path) as temporary:
+                temporary.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+        return path.read_text(encoding="utf-8").strip()
+
     def begin(self) -> None:
         """Delete what a run leaves that was stopped before its first whole checkpoint."""
         self._delete_parts()
@@ -156,7 +167,8 @@ class RunFolder:
         for folder in self._checkpoints.glob("step-*.damaged"):
             shutil.rmtree(folder)
         self.begin()
-        delete(self.tensorboard.glob("events.out.tfevents.*"))
+        delete([*self.tensorboard.glob("events.out.tfevents.*"), self.path / _WANDB_ID])
+        shutil.rmtree(self.path / "wandb", ignore_errors=True)
         for emptied in (self._checkpoints, self.tensorboard):
             if emptied.is_dir() and not any(emptied.iterdir()):
                 emptied.rmdir()

@@ -48,8 +48,10 @@ class Stopping:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  traceback: TracebackType | None) -> None:
+        # All processes stop where one was told to: what comes to this one later says nothing new, and would end it.
+        told = self.asked is not None and ranks.ranks() > 1
         for number, before in self._before.items():
-            signal.signal(number, before)
+            signal.signal(number, signal.SIG_IGN if told and number != signal.SIGINT else before)
 
     def _came(self, number: int, frame: object) -> None:
         if self.asked is not None and number == signal.SIGINT:

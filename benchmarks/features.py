@@ -25,6 +25,7 @@ from avtrain.transfer.predictions import ScoreSums, targets_of
 from avtrain.transfer.probes import linear_scores, neighbour_scores
 from avtrain.transfer.protocols import Linear, Neighbours
 from avtrain.transfer.splits import usable_clips
+from avtrain.turns import Turns
 
 out, what, views, channels, tested = Path(sys.argv[1]), sys.argv[2], 10, 4, 20_000
 
@@ -38,7 +39,7 @@ def make():
 
 folder = open_folders([str(out)])
 places = batches_of(fixed_order(folder.clips_of_shards), 16)
-file = feature_file(out / "f.npy", {"pooled": channels}, folder.clips, make)
+file = feature_file(out / "f.npy", {"pooled": channels}, folder.clips, lambda: Turns(make()))
 clips, classes = usable_clips(folder, "both", "training"), len(folder.classes)
 rows = FeatureRows.of_clips([file], "pooled", [folder.clips], clips.numbers())
 rows = rows.scaled(mean_and_std(rows))

@@ -25,7 +25,7 @@ MEDIA = Path(os.environ.get("AV_SHARED", ROOT.parent / "shared")) / "media"
 PARTS = ("shards", "losses", "eval", "parity")
 STEPS = 60
 # What depends on the clock or on the machine's other work, or is new in one of the two.
-TIMINGS = ("clips_per_s", "waiting_share", "memory_mib", "evaluation_s")
+TIMINGS = ("clips_per_s", "waiting_share", "memory_gib", "evaluation_s")
 PROTOCOLS = {"linear": [], "knn": [], "finetune": ["--set", "transfer.epochs=1"]}
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 from contextlib import nullcontext
 from functools import lru_cache
-from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from avtrain import ranks
 from avtrain.checkpoints.ours import save_model
@@ -87,7 +85,8 @@ class Pretrained(NamedTuple):
 
 
 def pretrain(config: Config, train: list[str], test: list[str], out: Path, runtime: Runtime, force: bool = False,
-             max_steps: int | None = None, until: float | None = None, new_data: bool = False) -> Pretrained:
+             max_steps: int | None = None, until: float | None = None, new_data: bool = False,
+             wandb: str | None = None) -> Pretrained:
     """Pretrain a model from scratch, or go on with the run in `out` from its last checkpoint.
 
     Args:
@@ -99,6 +98,7 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
         max_steps: stop there, with a checkpoint, though the schedule goes on.
         until: stop, with a checkpoint, so that all is done then: of `time.monotonic`.
         new_data: go on with other shards than before; an epoch begins on them.
+        wandb: the project on Weights & Biases that gets the metrics too; None: none.
 
     Raises:
         Stopped: a signal came.
@@ -113,7 +113,7 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     if config.data.order == "stream":  # which the order depends on
         inputs["streams"] = f"{ranks.ranks()} x {max(1, config.data.workers)}"
     if force:
-        _clear(folder)
+        ranks.by_first(lambda: _clear(folder))
     before = _check_same(folder, config, inputs, new_data)
     begun = folder.last_step()
     if begun >= last_step(config.training, max_steps) and folder.due() is None:
@@ -128,7 +128,7 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     modules: dict[str, nn.Module] = {"model": network.model, "objectives": network.objectives}
     run = Run(folder, modules, pretraining_optimizer(modules, training), training,
               lambda to: save_model(to / "model.safetensors", network.model, config), runtime.scaled,
-              mfu_of_clip_per_s(config, runtime.device, runtime.autocast_dtype))
+              mfu_of_clip_per_s(config, runtime.device, runtime.autocast_dtype), wandb)
     network.train()
     if training.cuda_graphs and runtime.device.type == "cuda":
         _capture(network, config, supply.cut.micro_batch, runtime)
@@ -139,7 +139,9 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
         if ranks.rank() == 0:
             write_settings(out / _INPUTS, inputs)
             write_settings(out / CONFIG, config_to(config))
-    wrapped = _over_ranks(network, config, runtime)
+    if ranks.ranks() > 1 and training.sync_batchnorm:
+        network.model.measure_over_ranks()
+    wrapped = ranks.averaging(network, runtime.device, training.sync_batchnorm)
     if before != inputs and ranks.rank() == 0:
         run.save(folder.due())  # from now on the position is one in the new data
         write_settings(out / _INPUTS, inputs)
@@ -162,20 +164,6 @@ def pretrain(config: Config, train: list[str], test: list[str], out: Path, runti
     run.train(step, supply, runtime.autocast, (lambda: held_out.figures(network)) if held_out else None, max_steps,
               until)
     return Pretrained(folder, run.position.step, run.position.step - begun, run.bad_steps)
-
-
-def _over_ranks(network: Pretraining, config: Config, runtime: Runtime) -> Any:
-    """The network as all processes train it together; gradients are averaged after the last part of a batch."""
-    if ranks.ranks() == 1:
-        return network
-    if config.training.sync_batchnorm:
-        network.model.measure_over_ranks()
-    devices = [runtime.device] if runtime.device.type == "cuda" else None
-    # Another name from torch 2.13 on, with a warning about the old one.
-    named = signature(DistributedDataParallel).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"
-    options: dict[str, Any] = {buffers: not config.training.sync_batchnorm}
-    return DistributedDataParallel(network, devices, **options)
 
 
 def _capture(network: Pretraining, config: Config, clips: int, runtime: Runtime) -> None:

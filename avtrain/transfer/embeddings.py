@@ -31,9 +31,10 @@ def write_embeddings(model: AVBert, folder: ShardFolder, data: DataConfig, runti
         output: a .parquet file, whole or not at all: `table_schema`, in row groups of about 2,048 rows.
 
     Returns:
-        How many rows.
+        How many rows. Of several processes the first one writes and knows it, and the others return 0.
     """
-    return write_table(output, model.config.dimension, segment_outputs(model, folder, data, runtime), folder)
+    dimension, outputs = model.config.dimension, segment_outputs(model, folder, data, runtime)
+    return outputs.taken(lambda parts: write_table(output, dimension, parts, folder)) or 0
 
 
 def table_schema(dimension: int) -> pa.Schema:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from avtrain import __version__
+from avtrain import __version__, ranks
 from avtrain.config import HOW_MADE, DataConfig, config_from, config_to
 from avtrain.data.loader import MOST_UNREADABLE
 from avtrain.data.manifest import ClipRows
@@ -72,8 +72,9 @@ class Evaluated(NamedTuple):
 
 
 def evaluate_task(source: Start, trial: Trial, splits: list[str], root: Path, out: Path, cache: Path,
-                  runtime: Runtime, force: bool = False) -> Evaluated:
-    """Transfer to the splits of a task, one after the other; what is done in `out` is not done again.
+                  runtime: Runtime, force: bool = False, wandb: str | None = None) -> Evaluated:
+    """Transfer to the splits of a task, one after the other; what is done in `out` is not done again. Several processes
+    share networks and clips; the first one writes, and fits what goes on frozen features.
 
     Args:
         source: what is transferred; it is not changed.
@@ -85,6 +86,7 @@ def evaluate_task(source: Start, trial: Trial, splits: list[str], root: Path, ou
         runtime: device and precision.
         force: begin these splits anew; what an earlier evaluation wrote of them, and of all splits together, is
             deleted.
+        wandb: the project on Weights & Biases that gets the figures of finetuning; None: none.
 
     Raises:
         AvtrainError: shards are missing or don't fit, or what is in `out` was begun with other settings.
@@ -93,14 +95,25 @@ def evaluate_task(source: Start, trial: Trial, splits: list[str], root: Path, ou
     settings = {"protocol_name": trial.protocol.name, **dataclasses.asdict(trial), "views": _views_json(trial),
                 "data": dataclasses.asdict(source.data), "model": dataclasses.asdict(source.model.config),
                 "checkpoint": source.name, "checkpoint_sha256": source.sha256, "weights": weights_hash(source.model),
-                "precision": str(runtime.autocast_dtype or torch.float32)}
-    if force:
-        _clear(out, trial, settings, splits)
-    _check_folder(out, trial, settings)
+                "precision": str(runtime.autocast_dtype or runtime.dtype)}
+
+    def begin() -> None:
+        if force:
+            _clear(out, trial, settings, splits)
+        _check_folder(out, trial, settings)
+
+    ranks.by_first(begin)
     opened = {part: open_folder(str(root / task.dataset / part))
               for part in dict.fromkeys(part for split in splits for parts in task.splits[split] for part in parts)}
-    outcomes = {split: _one_split(source, trial, split, opened, out / f"split-{split}", cache, runtime)
+    outcomes = {split: _one_split(source, trial, split, opened, out / f"split-{split}", cache, runtime, wandb)
                 for split in splits}
+    return ranks.by_first(lambda: _all_splits(source, trial, settings, outcomes, out))
+
+
+def _all_splits(source: Start, trial: Trial, settings: dict[str, Any], outcomes: dict[str, _Outcome],
+                out: Path) -> Evaluated:
+    """Write what came of the splits together, where that isn't there."""
+    task, splits = TASKS[trial.task], list(outcomes)
     if before := _finished_before(out, outcomes):
         return Evaluated(before, True)
     folder = next(iter(outcomes.values())).folder
@@ -144,7 +157,7 @@ class _Outcome:
 
 
 def _one_split(source: Start, trial: Trial, split: str, opened: Mapping[str, ShardFolder], out: Path, cache: Path,
-               runtime: Runtime) -> _Outcome:
+               runtime: Runtime, wandb: str | None) -> _Outcome:
     """Train and test on one split, or read what was found before; `opened` are the dataset's folders."""
     task = TASKS[trial.task]
     of_train, of_test = ([opened[part] for part in parts] for parts in task.splits[split])
@@ -155,23 +168,24 @@ def _one_split(source: Start, trial: Trial, split: str, opened: Mapping[str, Sha
     learned, validation = held_out(usable_clips(train, trial.modality, "training"), trial.validation, task.group,
                                    trial.seed)
     done, looked_at = out / _PREDICTIONS, out / _VALIDATION
-    _check_shards(out, [train.fingerprint, test.fingerprint])
-    before = done.is_file() and (looked_at.is_file() or not validation)
+
+    def is_done() -> bool:
+        _check_shards(out, [train.fingerprint, test.fingerprint])
+        return done.is_file() and (looked_at.is_file() or not validation)
+
+    before = ranks.by_first(is_done)
     if not before:
         asked = [(test, test_clips), *([(train, validation)] if validation else [])]
-        if isinstance(trial.protocol, Finetune):
+        protocol = trial.protocol
+        if isinstance(protocol, Finetune):
             classifier = finetune(copy.deepcopy(source.model), source.parts, train, learned, validation, source.data,
-                                  trial.protocol, trial.modality, out, runtime, trial.seed)
-            found = [predict(classifier, folder, clips, source.data, trial.protocol, trial.modality, runtime)
-                     for folder, clips in asked]
+                                  protocol, trial.modality, out, runtime, trial.seed, wandb)
+            finetuned = [predict(classifier, folder, clips, source.data, protocol, trial.modality, runtime)
+                         for folder, clips in asked]
+            ranks.by_first(lambda: _write(trial, split, finetuned, out))
         else:
-            found = _probe(source, trial, trial.protocol, (train, learned), asked, cache, runtime)
-        if not all(np.isfinite(one.scores).all() for one in found):
-            raise TaskFailed(trial.task, "outputs are not finite numbers; try a lower transfer.head_rate, or "
-                             "--precision float32")
-        if validation:
-            write_predictions(looked_at, {split: found[1]})
-        write_predictions(done, {split: found[0]})
+            frozen = _frozen(source, trial, protocol, [(train, learned), *asked], cache, runtime)
+            ranks.by_first(lambda: _write(trial, split, _probe(trial, protocol, train, asked, frozen, runtime), out))
     # Rounded as they were written: going on finds the same.
     on_test = read_whole_predictions(done, test_clips, len(both.classes), MOST_UNREADABLE * test.clips)
     on_validation = (read_whole_predictions(looked_at, validation, len(both.classes), MOST_UNREADABLE * train.clips)
@@ -181,6 +195,15 @@ def _one_split(source: Start, trial: Trial, split: str, opened: Mapping[str, Sha
     return _Outcome(on_test, on_validation, both, {
         "train": train.fingerprint, "test": test.fingerprint, "fps": both.spec["fps"],
         "videos": {**videos, "unreadable": videos["test"] - len(on_test.videos)}}, before)
+
+
+def _write(trial: Trial, split: str, found: list[Predictions], out: Path) -> None:
+    """The predictions of a split's test clips, and of those of validation, if there are any."""
+    if not all(np.isfinite(one.scores).all() for one in found):
+        raise TaskFailed(trial.task, "outputs are not finite numbers; try a lower transfer.head_rate, or "
+                         "--precision float32")
+    for name, predicted in reversed([*zip((_PREDICTIONS, _VALIDATION), found, strict=False)]):
+        write_predictions(out / name, {split: predicted})
 
 
 def _check_fit(folder: ShardFolder, source: Start, trial: Trial) -> None:
@@ -198,21 +221,28 @@ def _check_fit(folder: ShardFolder, source: Start, trial: Trial) -> None:
         raise AvtrainError(f"transfer.train_views, transfer.test_views: the model has positions for {longest} segments")
 
 
-def _probe(source: Start, trial: Trial, protocol: Linear | Neighbours, known: tuple[ShardFolder, ClipRows],
-           asked: list[tuple[ShardFolder, ClipRows]], cache: Path, runtime: Runtime) -> list[Predictions]:
-    """Linear or nearest neighbours, on cached features: learned from the clips that are known, for each that are
-    asked."""
-    classes = len(known[0].classes)
-    train = _rows_of(source, *known, Views(trial.modality, protocol.train_views, whole=protocol.test_whole), cache,
-                     runtime)
-    tests = [_rows_of(source, *clips, fixed_views(protocol, trial.modality), cache, runtime) for clips in asked]
+def _frozen(source: Start, trial: Trial, protocol: Linear | Neighbours, clips: list[tuple[ShardFolder, ClipRows]],
+            cache: Path, runtime: Runtime) -> list[FeatureRows]:
+    """Features of the clips to learn from, the first ones, and of those that are asked for; cached."""
+    learned, *asked = clips
+    of_train = Views(trial.modality, protocol.train_views, whole=protocol.test_whole)
+    of_test = fixed_views(protocol, trial.modality)
+    return [_rows_of(source, *learned, of_train, cache, runtime),
+            *(_rows_of(source, *some, of_test, cache, runtime) for some in asked)]
+
+
+def _probe(trial: Trial, protocol: Linear | Neighbours, known: ShardFolder, asked: list[tuple[ShardFolder, ClipRows]],
+           frozen: list[FeatureRows], runtime: Runtime) -> list[Predictions]:
+    """Linear or nearest neighbours on features: learned from the first ones, for each others."""
+    train, *tests = frozen
+    classes = len(known.classes)
     if protocol.standardize:
         scale = mean_and_std(train)
         train, *tests = (rows.scaled(scale) for rows in (train, *tests))
-    labels = known[0].rows.labels()
+    labels = known.rows.labels()
 
     def targets(clips: Numbers) -> torch.Tensor:
-        return targets_of([labels[clip] for clip in clips.tolist()], classes, known[0].multi_label)
+        return targets_of([labels[clip] for clip in clips.tolist()], classes, known.multi_label)
 
     if isinstance(protocol, Linear):
         clips_of_tests = [rows.clips for rows in tests]

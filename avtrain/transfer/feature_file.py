@@ -18,8 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from avtrain import ranks
 from avtrain.errors import AvtrainError
 from avtrain.files import written_as_it_comes
+from avtrain.turns import Turns
 
 _PART_BYTES, _PART_ROWS = 1 << 24, 4096  # what is made of rows may be longer than they are
 Numbers = NDArray[np.int64]
@@ -63,8 +65,9 @@ class FeatureFile:
 
 
 def feature_file(path: Path, channels: Mapping[str, int], clips: int,
-                 make: Callable[[], Iterable[Found]]) -> FeatureFile:
-    """The file, made now if it isn't there or is damaged.
+                 make: Callable[[], Turns[Found]]) -> FeatureFile:
+    """The file, made now if it isn't there or is damaged. Of several processes the first one looks, and writes what
+    all of them make.
 
     Args:
         path: where it is or will be, whole or not at all.
@@ -76,16 +79,25 @@ def feature_file(path: Path, channels: Mapping[str, int], clips: int,
         AvtrainError: there is something else in its place.
     """
     kind = np.dtype([("clip", "<i8"), *((name, "<f4", (length,)) for name, length in channels.items())])
-    if path.is_file():
-        try:
-            return _checked(path, kind, clips)
-        except ValueError:
-            path.unlink()  # damaged: it can be made again
-    elif path.exists():
-        raise AvtrainError(f"{path} is no file, where features are kept: move it away, or choose another --cache")
-    with written_as_it_comes(path) as file:
-        _write(file, kind, make())
-    return _checked(path, kind, clips)
+
+    def found() -> FeatureFile | None:
+        if path.is_file():
+            try:
+                return _checked(path, kind, clips)
+            except ValueError:
+                path.unlink()  # damaged: it can be made again
+        elif path.exists():
+            raise AvtrainError(f"{path} is no file, where features are kept: move it away, or choose another --cache")
+        return None
+
+    def written(parts: Iterable[Found]) -> None:
+        with written_as_it_comes(path) as file:
+            _write(file, kind, parts)
+
+    if (there := ranks.by_first(found)) is not None:
+        return there
+    make().taken(written)
+    return ranks.by_first(lambda: _checked(path, kind, clips))
 
 
 def _write(file: BinaryIO, kind: np.dtype[Any], parts: Iterable[Found]) -> None:

@@ -20,11 +20,12 @@ from avtrain.data.loader import Batch, UnreadableCount, batches
 from avtrain.data.order import at_epoch, batches_of, fixed_order
 from avtrain.data.shards import ShardFolder
 from avtrain.data.views import Views
-from avtrain.errors import AvtrainError
+from avtrain.errors import AvtrainError, Unreadable
 from avtrain.models.avbert import AVBert
 from avtrain.progress import bar_options
 from avtrain.runtime import Runtime
 from avtrain.transfer.feature_file import FeatureFile, Found, Numbers, feature_file
+from avtrain.turns import Turns, own
 
 _CLIPS_AT_ONCE = 8
 _SEGMENTS_AT_ONCE = 160
@@ -34,7 +35,7 @@ class Outputs(NamedTuple):
     """What a model makes of some clips or views, in the order of the shards.
 
     Attributes:
-        batch: keys, labels and presence of the rows.
+        batch: keys, labels and presence of the rows; what is seen and heard is no longer there.
         clips: (rows,) the number of each row's clip in the folder.
         tensors: by name, (rows, ...), float32 on the CPU.
     """
@@ -44,9 +45,9 @@ class Outputs(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def segment_outputs(model: AVBert, folder: ShardFolder, config: DataConfig, runtime: Runtime) -> Iterator[Outputs]:
+def segment_outputs(model: AVBert, folder: ShardFolder, config: DataConfig, runtime: Runtime) -> Turns[Outputs]:
     """Outputs for whole clips in the fixed view of evaluation, some clips at a time; clips that can't be decoded are
-    left out.
+    left out. Several processes share the clips.
 
     Args:
         model: used in eval mode on the runtime's device; its mode is put back.
@@ -54,7 +55,7 @@ def segment_outputs(model: AVBert, folder: ShardFolder, config: DataConfig, runt
         config: what a clip looks like.
         runtime: device and precision.
 
-    Yields:
+    Returns:
         By name: visual_local and audio_local, (clips, segments, D), zeros where absent; multimodal, of the same shape,
         the mean of a segment's visual and audio tokens, of those that are there; not with late fusion.
 
@@ -91,10 +92,12 @@ def clip_means(model: AVBert, folder: ShardFolder, config: DataConfig, runtime: 
         return {"visual": _means(local.visual_local.float().cpu(), batch.visual_present),
                 "audio": _means(local.audio_local.float().cpu(), batch.audio_present)}
 
-    def make() -> Iterator[Found]:
-        for found in _extract(model, outputs, ClipDataset(folder, config, None), _CLIPS_AT_ONCE, runtime):
-            both = found.batch.visual_present.any(1) & found.batch.audio_present.any(1)
-            yield found.clips[both.numpy()], {name: tensor[both] for name, tensor in found.tensors.items()}
+    def of_both(found: Outputs) -> Found:
+        both = found.batch.visual_present.any(1) & found.batch.audio_present.any(1)
+        return found.clips[both.numpy()], {name: tensor[both] for name, tensor in found.tensors.items()}
+
+    def make() -> Turns[Found]:
+        return _extract(model, outputs, ClipDataset(folder, config, None), _CLIPS_AT_ONCE, runtime).mapped(of_both)
 
     view = {field.name: getattr(config, field.name) for field in dataclasses.fields(ClipConfig)
             if field.name not in HOW_MADE}
@@ -119,10 +122,10 @@ def view_features(model: AVBert, folder: ShardFolder, config: DataConfig, views:
         seen, heard = _means(local.visual_pooled, visual_present), _means(local.audio_pooled, audio_present)
         return {"pooled": torch.cat({"visual": [seen], "audio": [heard]}.get(views.modality, [seen, heard]), 1)}
 
-    def make() -> Iterator[Found]:
+    def make() -> Turns[Found]:
         clips_at_once = max(1, _SEGMENTS_AT_ONCE // (views.clips * views.crops))
-        for found in _extract(model, outputs, ClipDataset(folder, config, None, views), clips_at_once, runtime):
-            yield found.clips, found.tensors
+        made = _extract(model, outputs, ClipDataset(folder, config, None, views), clips_at_once, runtime)
+        return made.mapped(lambda found: (found.clips, found.tensors))
 
     lengths = {"visual": model.visual_cnn.outputs, "audio": model.audio_cnn.outputs}
     channels = {"pooled": lengths.get(views.modality, sum(lengths.values()))}
@@ -135,26 +138,41 @@ def _means(pooled: Tensor, present: Tensor) -> Tensor:
     return (pooled.float() * present[..., None]).sum(1) / present.sum(1, keepdim=True).clamp(min=1)
 
 
-@torch.no_grad()
 def _extract(model: AVBert, outputs: Callable[[Batch], dict[str, Tensor]], dataset: ClipDataset, clips_at_once: int,
-             runtime: Runtime) -> Iterator[Outputs]:
+             runtime: Runtime) -> Turns[Outputs]:
     """Outputs of all clips of the dataset's folder, in their order, in eval mode."""
-    was_training = model.training
-    model.to(runtime.device).eval()
     places = batches_of(fixed_order(dataset.folder.clips_of_shards), clips_at_once)
-    supply = batches(dataset, at_epoch(places, 0), dataset.config.workers)
-    unreadable = UnreadableCount(dataset.folder.clips)
-    for number, batch in enumerate(tqdm(supply, "features", len(places), unit="batch", **bar_options())):
-        unreadable.add(batch.unreadable)
-        if not batch.keys:
-            continue
+    clips = dataset.folder.clips
+
+    @torch.no_grad()
+    def made() -> Iterator[tuple[list[Unreadable], Outputs | None]]:
+        was_training = model.training
+        model.to(runtime.device, runtime.dtype).eval()
+        mine = list(own(range(len(places))))
+        supply = batches(dataset, at_epoch([places[number] for number in mine], 0), dataset.config.workers)
+        bar = tqdm(supply, "features", len(mine), unit="batch", **bar_options())
+        for number, batch in zip(mine, bar, strict=True):
+            yield batch.unreadable, outputs_of(number, batch) if batch.keys else None
+        model.train(was_training)
+
+    def outputs_of(number: int, batch: Batch) -> Outputs:
         with runtime.autocast():
             found = outputs(batch)
         for name, tensor in found.items():
             _check_finite(name, tensor, batch.keys)
-        yield Outputs(batch, number * clips_at_once + np.asarray(batch.places, np.int64),
-                      {name: tensor.float().cpu() for name, tensor in found.items()})
-    model.train(was_training)
+        nothing = torch.empty(0)
+        return Outputs(dataclasses.replace(batch, visual=nothing, audio=nothing),
+                       number * clips_at_once + np.asarray(batch.places, np.int64),
+                       {name: tensor.float().cpu() for name, tensor in found.items()})
+
+    def readable(items: Iterator[tuple[list[Unreadable], Outputs | None]]) -> Iterator[Outputs]:
+        count = UnreadableCount(clips)
+        for unreadable, found in items:
+            count.add(unreadable)
+            if found is not None:
+                yield found
+
+    return Turns(made(), len(places), readable)
 
 
 def _check_finite(name: str, tensor: Tensor, keys: list[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,25 +17,28 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
+from avtrain import ranks
 from avtrain.checkpoints.ours import parts_of, save_model
 from avtrain.config import Config, DataConfig, TrainingConfig
 from avtrain.data.augment import SoundAugmentation
 from avtrain.data.clips import ClipDataset
 from avtrain.data.handover import check_room, in_flight_bytes
-from avtrain.data.loader import Batch, Epochs, batches, readable
+from avtrain.data.loader import Batch, Epochs, UnreadableCount, batches
 from avtrain.data.manifest import ClipRows
 from avtrain.data.order import ClipPlace, Cut, Wanted, cut_of
 from avtrain.data.shards import ShardFolder
 from avtrain.data.views import Views
 from avtrain.engine import Run
+from avtrain.errors import AvtrainError, Unreadable
 from avtrain.files import written_whole
 from avtrain.models.avbert import AVBert
 from avtrain.models.heads import ClipHead, SequenceHead
 from avtrain.progress import bar_options
 from avtrain.run_folder import RunFolder
-from avtrain.runtime import Runtime, seed_everything
+from avtrain.runtime import Runtime, at_least_float32, seed_everything
 from avtrain.transfer.predictions import Predictions, ScoreSums, metrics_of, targets_of
 from avtrain.transfer.protocols import HINGE_MARGIN, Finetune, Protocol, Trained
+from avtrain.turns import Turns, own
 
 _SAVE_EVERY = 500
 # Segments of a test batch: pictures are large, spectrograms small.
@@ -88,9 +93,16 @@ class Classifier(nn.Module):
 
 def _epochs(dataset: ClipDataset, items: Sequence[tuple[ClipPlace, int | None]], protocol: Finetune,
             seed: int) -> Epochs:
-    """Every item once an epoch, shuffled; a last part that is not full is left out, for BatchNorm's sake."""
-    cut = cut_of(protocol.batch_size, protocol.micro_batch, section="transfer")
-    size = min(cut.micro_batch, len(items))
+    """Every item once an epoch, shuffled; a last part that is not full is left out, for BatchNorm's sake.
+
+    Raises:
+        AvtrainError: a batch does not come out even among the processes, or they are more than there are items.
+    """
+    cut = cut_of(protocol.batch_size, protocol.micro_batch, ranks.rank(), ranks.ranks(), "transfer")
+    share = min(cut.micro_batch, len(items) // cut.ranks)
+    if not share:
+        raise AvtrainError(f"{cut.ranks} processes can't finetune on {len(items)} rows: use fewer")
+    size = share * cut.ranks
 
     @lru_cache(maxsize=2)
     def order(epoch: int) -> NDArray[np.int64]:
@@ -100,8 +112,8 @@ def _epochs(dataset: ClipDataset, items: Sequence[tuple[ClipPlace, int | None]],
         chosen = (items[index] for index in order(epoch)[first:last])
         return [Wanted(place, epoch, part) for place, part in chosen]
 
-    return Epochs(dataset, clips_of, len(items) // size * size, Cut(size * cut.parts, size), dataset.folder.clips,
-                  dataset.config.workers)
+    return Epochs(dataset, clips_of, len(items) // size * size, Cut(size * cut.parts, share, cut.rank, cut.ranks),
+                  dataset.folder.clips, dataset.config.workers)
 
 
 def fixed_views(protocol: Protocol, modality: str) -> Views:
@@ -112,8 +124,9 @@ def fixed_views(protocol: Protocol, modality: str) -> Views:
 
 def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: ClipRows,
              validation: ClipRows, data: DataConfig, protocol: Finetune, modality: str, out: Path,
-             runtime: Runtime, seed: int) -> Classifier:
+             runtime: Runtime, seed: int, wandb: str | None = None) -> Classifier:
     """Train a model and new heads, or go on with the run in `out` from its last checkpoint; the last epoch counts.
+    Several processes share every batch; all of them have the same weights.
 
     Args:
         model: changed in place.
@@ -126,13 +139,14 @@ def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: C
         out: folder of the run: checkpoints, metrics.jsonl.
         runtime: device and precision.
         seed: of heads, order, crops, masks, dropout.
+        wandb: the project on Weights & Biases; None: none.
 
     Raises:
         AvtrainError: shards and model don't fit; too much is unreadable; the loss stays not finite.
     """
     seed_everything(seed)
     classifier = Classifier(model, len(folder.classes), modality, protocol.sequence, protocol.dropout)
-    classifier.to(runtime.device)
+    classifier.to(runtime.device, runtime.dtype)
     sound = SoundAugmentation(equalizer=protocol.equalizer, frequency_shift=protocol.frequency_shift,
                               frequency_mask=protocol.frequency_mask, time_mask=protocol.time_mask)
     views = Views(modality, protocol.train_views, sequence=protocol.sequence, random_start=protocol.random_start,
@@ -159,17 +173,25 @@ def finetune(model: AVBert, parts: frozenset[str], folder: ShardFolder, train: C
         looked_at = dataset.batch_bytes(tests[0])
         check_room(epochs.in_flight_bytes() + in_flight_bytes(looked_at, data.workers))
     run = Run(RunFolder(out), {"classifier": classifier}, _optimizer(classifier, protocol), training, save_weights,
-              runtime.scaled)
+              runtime.scaled, wandb=wandb)
     run.go_on(epochs)
+    several = ranks.ranks() > 1
+    if several:
+        model.measure_over_ranks()
+    wrapped = ranks.averaging(classifier, runtime.device, True, unused=True)
 
     def step(batch: Batch, part: int) -> tuple[Tensor, dict[str, Tensor]]:
-        if not batch.keys:  # a part may be a single video
+        if not (batch.keys or several):  # a part may be a single video
             return torch.zeros((), device=runtime.device, requires_grad=True), {}
-        logits, counts = classifier(*batch.tensors(runtime.device))
-        return _loss(logits, counts, batch.labels, protocol) / epochs.parts, {}
+        if part == 0 and several:  # dropout, which a process that went on would else draw as the first one did
+            torch.manual_seed(int(np.random.SeedSequence([seed, run.position.step, ranks.rank()]).generate_state(1)[0]))
+        last = part == epochs.parts - 1
+        with nullcontext() if last or wrapped is classifier else wrapped.no_sync():
+            logits, counts = wrapped(*(batch if batch.keys else _absent(batch)).tensors(runtime.device))
+        return _share(_loss(logits, counts, batch.labels, protocol), counts, bool(batch.keys)) / epochs.parts, {}
 
     def evaluate() -> dict[str, float]:
-        found = predict(classifier, folder, validation, data, protocol, modality, runtime)
+        found = predict(classifier, folder, validation, data, protocol, modality, runtime, alone=True)
         classifier.train()
         return {f"validation_{name}": figure.value
                 for name, figure in metrics_of(found, protocol.loss == "binary", seed).items()}
@@ -195,17 +217,34 @@ def _optimizer(classifier: Classifier, protocol: Finetune) -> torch.optim.Optimi
 
 
 def _loss(logits: list[Tensor], counts: Tensor, labels: list[list[int]], protocol: Finetune) -> Tensor:
-    """The heads' losses added, each the mean over the segments that count."""
+    """The heads' losses added, each the mean over the segments that count; 0 where there are no labels, with a gradient
+    of 0 for all that a process that has some has a gradient for."""
+    if not labels:
+        return 0 * torch.stack([of_head.sum() for of_head in logits]).sum()
     targets = targets_of(labels, logits[0].shape[-1], protocol.loss == "binary").to(counts.device)
     rows = counts.nonzero()[:, 0]
-    losses = [task_loss(of_head[counts].float(), targets[rows], protocol) for of_head in logits]
+    losses = [task_loss(at_least_float32(of_head[counts]), targets[rows], protocol) for of_head in logits]
     return torch.stack(losses).sum()
+
+
+def _share(mean: Tensor, counts: Tensor, any_rows: bool) -> Tensor:
+    """What a process's mean adds to that of all of them, over the segments that count."""
+    if ranks.ranks() == 1:
+        return mean
+    own_count = counts.sum() * any_rows
+    return mean * own_count / ranks.summed(own_count).clamp(min=1)
+
+
+def _absent(batch: Batch) -> Batch:
+    """A batch without rows with one that holds nothing: what it goes through is what the other processes wait in."""
+    nothing = torch.zeros(1, batch.visual_present.shape[1], dtype=torch.bool)
+    return dataclasses.replace(batch, visual_present=nothing, audio_present=nothing)
 
 
 def task_loss(logits: Tensor, targets: Tensor, protocol: Trained) -> Tensor:
     """The protocol's loss: (rows, classes) and (rows,) class numbers, or (rows, classes) of 0 and 1 for binary."""
     if protocol.loss == "binary":
-        return F.binary_cross_entropy_with_logits(logits, targets)
+        return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
     if protocol.loss == "hinge":
         return F.multi_margin_loss(logits, targets, margin=HINGE_MARGIN)
     return F.cross_entropy(logits, targets, label_smoothing=protocol.label_smoothing)
@@ -213,25 +252,48 @@ def task_loss(logits: Tensor, targets: Tensor, protocol: Trained) -> Tensor:
 
 def probabilities(logits: Tensor, protocol: Trained) -> Tensor:
     """Softmax over the classes, or a sigmoid of each for binary."""
-    return logits.float().sigmoid() if protocol.loss == "binary" else logits.float().softmax(-1)
+    logits = at_least_float32(logits)
+    return logits.sigmoid() if protocol.loss == "binary" else logits.softmax(-1)
 
 
 @torch.no_grad()
 def predict(classifier: Classifier, folder: ShardFolder, clips: ClipRows, data: DataConfig,
-            protocol: Finetune, modality: str, runtime: Runtime) -> Predictions:
-    """Outputs of all views, crops, segments and heads of a video, averaged. Leaves the classifier in eval mode."""
+            protocol: Finetune, modality: str, runtime: Runtime, alone: bool = False) -> Predictions:
+    """Outputs of all views, crops, segments and heads of a video, averaged. Leaves the classifier in eval mode.
+
+    Several processes share the videos, and the first one has what comes of it; with `alone` it does all by itself.
+    """
     classifier.eval()
-    sums = ScoreSums(clips, len(folder.classes))
+    sums, unreadable = ScoreSums(clips, len(folder.classes)), UnreadableCount(folder.clips)
     dataset, items = _test_views(folder, clips, data, protocol, modality)
-    supply = batches(dataset, items, data.workers)
-    bar = tqdm(supply, "test", len(items), unit="batch", leave=False, **bar_options())
-    for batch in readable(bar, folder.clips):
-        with runtime.autocast():
-            logits, counts = classifier(*batch.tensors(runtime.device))
-        scores = torch.stack([probabilities(of_head, protocol) for of_head in logits]).mean(0)
-        weights = counts.float() / counts.sum(1, keepdim=True)
-        sums.add(batch.keys, (scores * weights[..., None]).sum(1))
+    mine = items if alone else list(own(items))
+
+    def made() -> Iterator[tuple[list[Unreadable], list[str], Tensor]]:
+        supply = batches(dataset, mine, data.workers)
+        for batch in tqdm(supply, "test", len(mine), unit="batch", leave=False, **bar_options()):
+            scores = _scores(classifier, batch, protocol, runtime) if batch.keys else torch.empty(0)
+            yield batch.unreadable, batch.keys, scores
+
+    def take(parts: Iterable[tuple[list[Unreadable], list[str], Tensor]]) -> None:
+        for lost, keys, scores in parts:
+            unreadable.add(lost)
+            sums.add(keys, scores)
+
+    if alone:
+        take(made())
+    else:
+        Turns(made(), len(items)).taken(take)
     return sums.predictions()
+
+
+def _scores(classifier: Classifier, batch: Batch, protocol: Finetune, runtime: Runtime) -> Tensor:
+    """(rows, classes): the mean over heads and the segments that count, on the CPU."""
+    with runtime.autocast():
+        logits, counts = classifier(*batch.tensors(runtime.device))
+    scores = torch.stack([probabilities(of_head, protocol) for of_head in logits]).mean(0)
+    weights = counts.to(scores.dtype) / counts.sum(1, keepdim=True)
+    mean: Tensor = (scores * weights[..., None]).sum(1).cpu()
+    return mean
 
 
 def _test_views(folder: ShardFolder, clips: ClipRows, data: DataConfig, protocol: Finetune,

@@ -40,7 +40,7 @@ def losses(out):
     """Figures of every step, but for times and memory."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items()
-             if not name.startswith(("clips_per_s", "waiting_share", "memory_mib"))} for line in lines]
+             if not name.startswith(("clips_per_s", "waiting_share", "memory_gib"))} for line in lines]
 
 
 def agree(one, other, within):

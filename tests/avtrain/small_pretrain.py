@@ -34,7 +34,7 @@ def started(*arguments):
 def losses_of(out):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items()
-             if name not in ("clips_per_s", "waiting_share", "memory_mib", "evaluation_s")} for line in lines]
+             if name not in ("clips_per_s", "waiting_share", "memory_gib", "evaluation_s")} for line in lines]
 
 
 def wait_for_lines(out, count, process):

@@ -40,13 +40,13 @@ class Batches:
 
 
 class Experiment:
-    def __init__(self, folder, config=CONFIG, bad_steps=(), mfu_of_clip_per_s=None):
+    def __init__(self, folder, config=CONFIG, bad_steps=(), mfu_of_clip_per_s=None, wandb=None):
         torch.manual_seed(config.seed)
         self.network = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
         self.weights_saved = []
         optimizer = torch.optim.AdamW(self.network.parameters(), config.learning_rate, fused=True)
         self.run = Run(RunFolder(folder), {"network": self.network}, optimizer, config, self._save,
-                       mfu_of_clip_per_s=mfu_of_clip_per_s)
+                       mfu_of_clip_per_s=mfu_of_clip_per_s, wandb=wandb)
         self.batches, self.bad_steps, self.steps = Batches(), set(bad_steps), 0
 
     def _save(self, folder):

@@ -68,8 +68,9 @@ def test_resuming_that_is_stopped_leaves_the_metrics_as_they_were(tmp_path, monk
 def test_metrics_hold_what_is_promised(tmp_path):
     Experiment(tmp_path).train()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert {"loss", "twice", "learning_rate", "gradient_norm", "clips_per_s", "waiting_share", "memory_mib",
+    assert {"loss", "twice", "learning_rate", "gradient_norm", "clips_per_s", "waiting_share", "memory_gib",
             "epoch", "step", "skipped_steps"} <= set(lines[0])
+    assert 0.02 < lines[0]["memory_gib"] < 30 and "clips_per_s_process" not in lines[0]
     assert [line["step"] for line in lines if "held_out" in line] == [5, 10, 15, 20]
     assert list((tmp_path / "tensorboard").glob("events.*"))
 

@@ -15,11 +15,14 @@ from small_eval import invoke
 from torch.utils.data import DataLoader
 
 import avtrain
+from avtrain.config import read_config
 from avtrain.data import storage, stream
+from avtrain.data.clips import ClipDataset
 from avtrain.data.order import ClipPlace, cut_of
 from avtrain.data.shards import ShardReader, open_folders
 from avtrain.data.stream import StreamReader, Streams, stream_order
 from avtrain.errors import AvtrainError
+from avtrain.pretraining.pretrain import epochs_of
 
 CLIPS = [40, 3, 25, 60, 1, 31, 40]  # of shards
 RUN = ("pretrain", "--preset", "sound", "--device", "cpu", "--set", "training.batch_size=4", "--set",
@@ -197,6 +200,25 @@ def test_a_run_goes_on_to_the_same_losses_and_only_with_the_same_workers(demo_sh
     assert losses[0] == losses[1] and len(losses[0]) == 6
     done = invoke(*RUN, *shards, "--out", tmp_path / "cut", "--max-steps", 7, "--set", "data.workers=1")
     assert done.exit_code == 1 and "was begun with other settings" in done.output and "streams" in done.output
+
+
+def test_two_processes_read_shards_of_their_own_take_equal_steps_and_show_every_clip_once_a_pass(folder, monkeypatch):
+    """Counted by what the loaders of both give, over two passes that no batch ends with."""
+    config = read_config("sound", ["training.batch_size=4", "data.order=stream", "data.stream_buffer=3",
+                                   "data.workers=0"])
+    shard_of = {row.key: row.place.shard for row in folder.rows}
+    monkeypatch.setattr("avtrain.ranks.ranks", lambda: 2)
+    seen = []
+    for rank in range(2):
+        monkeypatch.setattr("avtrain.ranks.rank", lambda rank=rank: rank)
+        supply = epochs_of(ClipDataset(folder, config.data, 0), config).starting_at(0)
+        seen.append([next(supply).keys for _ in range(5)])
+    assert all(len(keys) == 2 for of_rank in seen for keys in of_rank)
+    line = [(key, rank) for step in zip(*seen, strict=True) for rank, keys in enumerate(step) for key in keys]
+    for one_pass in (line[:10], line[10:]):
+        assert sorted(key for key, _ in one_pass) == sorted(shard_of)
+        opened = {(shard_of[key], rank) for key, rank in one_pass}
+        assert len(opened) <= len(folder.shards) + 1  # the two may share one
 
 
 @pytest.mark.slow

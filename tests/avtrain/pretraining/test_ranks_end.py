@@ -92,13 +92,13 @@ def test_torchrun_brings_the_run_back_by_itself(all_kinds, undisturbed, tmp_path
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_torchrun_saves_at_once_and_leaves_no_process(all_kinds, undisturbed, tmp_path, number):
     out = tmp_path / "run"
-    handled = os.environ | {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"}
-    process = started([*torchrun(2), *arguments(all_kinds, out, *STEPS)], out, 13, env=handled)
+    handled = torchrun(2, "--standalone", "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    process = started([*handled, *arguments(all_kinds, out, *STEPS)], out, 13)
     process.send_signal(number)
     code, printed = ended(process, out)
     saved = max(int(path.name.removeprefix("step-")) for path in (out / "checkpoints").iterdir())
     assert code != 0 and saved > 10 and saved == losses(out)[-1]["step"], printed
-    assert "again" in printed  # how to go on
+    assert f"stopped by {number.name} at step {saved}: the same command goes on from " in printed
     code, printed = run(all_kinds, out, 2, *STEPS)
     assert code == 0, printed
     agree(undisturbed, losses(out), 1e-8)

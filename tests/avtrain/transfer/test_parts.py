@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from avtrain.transfer.feature_file import ClipMeans, FeatureRows, feature_file, mean_and_std
 from avtrain.transfer.probes import linear_scores, neighbour_scores
 from avtrain.transfer.protocols import Linear, Neighbours
+from avtrain.turns import Turns
 
 CHANNELS, CLASSES = 24, 5
 
@@ -35,7 +36,7 @@ def _file(folder, name, clips, seed, views=3):
     vectors[np.arange(len(numbers)), numbers % CLASSES] += 20
     tensor = torch.from_numpy(vectors.astype(np.float32))
     made = [(numbers[some], {"pooled": tensor[some]}) for some in np.array_split(np.arange(len(numbers)), 4)]
-    return feature_file(folder / f"{name}.npy", {"pooled": CHANNELS}, clips, lambda: made), tensor
+    return feature_file(folder / f"{name}.npy", {"pooled": CHANNELS}, clips, lambda: Turns(made)), tensor
 
 
 def _rows(folder, clips=40, seed=0, wanted=None):
@@ -149,6 +150,7 @@ from avtrain.transfer.feature_file import ClipMeans, FeatureRows, feature_file, 
 from avtrain.transfer.features import Outputs
 from avtrain.transfer.probes import linear_scores, neighbour_scores
 from avtrain.transfer.protocols import Linear, Neighbours
+from avtrain.turns import Turns
 import pyarrow.parquet
 
 torch.set_num_threads(1)
@@ -182,7 +184,7 @@ found = {"before": peak_mib()}
 folder = SimpleNamespace(spec={"segment_frames": 32, "fps": 16}, rows=[SimpleNamespace(start_s=0.0)] * 2000)
 found["written"] = write_table(out / "f.parquet", 768, outputs(), folder)
 found["embeddings"] = peak_mib()
-file = feature_file(out / "f.npy", {"pooled": channels}, rows // views, make)
+file = feature_file(out / "f.npy", {"pooled": channels}, rows // views, lambda: Turns(make()))
 all_rows = FeatureRows.of_clips([file], "pooled", [rows // views], np.arange(rows // views))
 scaled = all_rows.scaled(mean_and_std(all_rows))
 labels = torch.arange(rows // views) % classes
