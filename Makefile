@@ -54,7 +54,7 @@ demo: $(READY)  ## make the demo dataset, build its shards, draw a contact sheet
 bench: $(READY)  ## run the benchmarks
 	$(BIN)/python -m benchmarks
 
-bench-scale: $(READY)  ## planning and running again, for lists of 10^3 to 10^6 rows: a table
+bench-scale: $(READY)  ## clips/s by executor and store, planning for 10^3 to 10^6 rows: tables and a plot (15 minutes)
 	$(BIN)/python -m benchmarks.scale
 
 rehearse: $(READY)  ## the paper's run at its own size, but for networks and pixels (15 minutes, 8 GB, 4 GB of disk)

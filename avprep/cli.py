@@ -230,22 +230,25 @@ def demo(out: Path, train: int, test: int, seed: int, workers: int) -> None:
 
 
 @main.command()
-@click.argument("shards", type=click.Path(path_type=Path))
+@click.argument("location", metavar="SHARDS")
 @click.option("--json", "as_json", is_flag=True, help="Print the indexes' counts as JSON.")
-def info(shards: Path, as_json: bool) -> None:
-    """Say what a folder of shards holds: spec, counts, hours, bytes, labels, what is missing."""
+@_storage_options
+def info(location: str, as_json: bool, storage_options: str) -> None:
+    """Say what a folder of shards, or its address, holds: spec, counts, hours, bytes, labels, what is missing."""
     from avprep.manifest import clip_lengths_s
+    from avprep.mirror import shards_at
     from avprep.shards import find_indexes, read_index
 
-    for path in find_indexes(shards):
-        index = read_index(path)
-        if as_json:
-            click.echo(json.dumps({"index": str(path), "spec": index["spec"], **index["counts"]}))
-        else:
-            _print_index(path, index, clip_lengths_s(path.parent, index))
+    with shards_at(location, storage_options) as shards:
+        for path in find_indexes(shards.folder):
+            index = read_index(path)
+            if as_json:
+                click.echo(json.dumps({"index": shards.shown(path), "spec": index["spec"], **index["counts"]}))
+            else:
+                _print_index(shards.shown(path), index, clip_lengths_s(path.parent, index))
 
 
-def _print_index(path: Path, index: dict[str, Any], lengths_s: tuple[float, float, float]) -> None:
+def _print_index(path: str, index: dict[str, Any], lengths_s: tuple[float, float, float]) -> None:
     counts, spec = index["counts"], index["spec"]
     click.echo(f"{path}  (format {index['format_version']}, {index['dataset']} {index['split']})")
     click.echo(f"  clips    {counts['clips']} in {len(index['shardlist'])} shards, {counts['seconds'] / 3600:.2f} h, "
@@ -264,31 +267,36 @@ def _print_index(path: Path, index: dict[str, Any], lengths_s: tuple[float, floa
 
 
 @main.command()
-@click.argument("shards", type=click.Path(path_type=Path))
+@click.argument("location", metavar="SHARDS")
 @click.option("--against", "raw", type=click.Path(path_type=Path), metavar="RAW",
               help="The folder of raw files: also compare clips with their sources there, in time, level and length.")
 @click.option("--clips", metavar="N", show_default="20",
               help="With --against: clips of each index to compare, spread over its shards; 0 or all: every one.")
-def verify(shards: Path, raw: Path | None, clips: str | None) -> None:
-    """Check shards against their index: checksums, counts, and that every clip can be decoded."""
+@_storage_options
+def verify(location: str, raw: Path | None, clips: str | None, storage_options: str) -> None:
+    """Check shards in a folder or at an address against their index: checksums, counts, and that every clip can be
+    decoded.
+    """
     from avprep.inspect.verify import problems_of
+    from avprep.mirror import shards_at
     from avprep.shards import find_indexes
 
     compared = _clips_to_compare(raw, clips)
     found = different = 0
-    for path in find_indexes(shards):
-        for problem in problems_of(path):
-            click.echo(problem)
-            found += 1
-        click.echo(f"{path}: checked")
-        if raw is not None:
-            from avprep.inspect.against import differences, sample
+    with shards_at(location, storage_options) as shards:
+        for path in find_indexes(shards.folder):
+            for problem in problems_of(path, shards):
+                click.echo(shards.shown(problem))
+                found += 1
+            click.echo(f"{shards.shown(path)}: checked")
+            if raw is not None:
+                from avprep.inspect.against import differences, sample
 
-            sampled = sample(path, compared)
-            for problem in differences(sampled, raw):
-                click.echo(problem)
-                different += 1
-            click.echo(f"{path}: {len(sampled)} clips compared with their sources")
+                sampled = sample(path, compared, shards)
+                for problem in differences(sampled, raw):
+                    click.echo(shards.shown(problem))
+                    different += 1
+                click.echo(f"{shards.shown(path)}: {len(sampled)} clips compared with their sources")
     if found:
         raise click.ClickException(f"{found + different} problem(s): delete the bad shards and run `avprep build` "
                                    "again")
@@ -311,15 +319,20 @@ def _clips_to_compare(raw: Path | None, clips: str | None) -> int:
 
 
 @main.command()
-@click.argument("shards", type=click.Path(path_type=Path))
+@click.argument("location", metavar="SHARDS")
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("sheet.png"),
               help="The picture to write.")
 @click.option("--clips", type=click.IntRange(1, 50), default=8, help="Clips to show.")
-def preview(shards: Path, output: Path, clips: int) -> None:
-    """Draw a contact sheet: frames across each clip over its log-mel, with labels and time axis."""
+@_storage_options
+def preview(location: str, output: Path, clips: int, storage_options: str) -> None:
+    """Draw a contact sheet of the SHARDS in a folder or at an address: frames across each clip over its log-mel, with
+    labels and time axis.
+    """
     from avprep.inspect.preview import contact_sheet
+    from avprep.mirror import shards_at
 
-    shown = contact_sheet(shards, output, clips)
+    with shards_at(location, storage_options) as shards:
+        shown = contact_sheet(shards, output, clips)
     click.echo(f"{shown} clips drawn in {output}")
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -46,8 +47,8 @@ def run_ray(ray: Any, do: Callable[[Task, Crew, Count], Result], tasks: Sequence
     """
     def work(number: int, task: Task, tally: Any) -> tuple[Result, tuple[int, int]]:
         told = Count(tell=lambda done, expected: tally.tell.remote(number, done, expected))
-        with told, Crew(cores) as crew:
-            result = do(task, crew, told)
+        with told:
+            result = do(task, _crew(cores), told)
         return result, (told.done, told.expected)
 
     remote: Any = ray.remote(num_cpus=cores, max_retries=_ATTEMPTS, scheduling_strategy="SPREAD")(work)
@@ -78,6 +79,12 @@ def run_ray(ray: Any, do: Callable[[Task, Crew, Count], Result], tasks: Sequence
     finally:
         for reference in under_way:
             ray.cancel(reference, force=True)
+
+
+@lru_cache(maxsize=1)
+def _crew(cores: int) -> Crew:
+    """The crew of a worker of Ray's, for all shards that it makes: it ends with that process."""
+    return Crew(cores)
 
 
 class _Tally:

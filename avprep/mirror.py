@@ -9,11 +9,13 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from avprep.errors import AvprepError
-from avprep.shards import INDEX
-from avprep.storage import Store, Stored
+from avprep.manifest import CLIPS, SOURCES
+from avprep.shards import INDEX, read_at
+from avprep.storage import Store, Stored, is_remote, local_path
 
 _TABLES = (".csv", ".txt")
 _TABLES_DEPTH = 2   # annotations lie in the raw folder, or in a folder in it
@@ -57,6 +59,66 @@ def named(folder: Path, store: Store | None) -> Iterator[None]:
         if store is None:
             raise
         raise type(error)(str(error).replace(str(folder), store.address.rstrip("/"))) from error
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Finished shards in a folder of this machine: where they lie, or one that stands for a folder in a store. There
+    indexes and tables are whole, and the tars are without content.
+
+    Attributes:
+        folder: that of this machine.
+        store: the one that it stands for.
+    """
+
+    folder: Path
+    store: Store | None = None
+
+    def read_at(self, shard: Path, offset: int, size: int) -> bytes:
+        """So many bytes of a shard of the folder."""
+        if self.store is None:
+            return read_at(shard, offset, size)
+        return self.store.read_at(shard.relative_to(self.folder).as_posix(), offset, size)
+
+    @contextmanager
+    def whole(self, shard: Path) -> Iterator[None]:
+        """A shard of the folder has its content meanwhile."""
+        if self.store is None or not shard.is_file():
+            yield
+            return
+        size = shard.stat().st_size
+        self.store.fetch(shard.relative_to(self.folder).as_posix(), shard)
+        yield
+        if shard.is_file():
+            os.truncate(shard, 0)
+            os.truncate(shard, size)
+
+    def shown(self, text: object) -> str:
+        """The text, with the store's address in place of the folder that stands for it."""
+        return str(text) if self.store is None else str(text).replace(str(self.folder), self.store.address)
+
+
+@contextmanager
+def shards_at(location: str, options: str) -> Iterator[Shards]:
+    """Finished shards: a folder of this machine or its address in a store, or an index there.
+
+    Raises:
+        AvprepError: the store has nothing there, or can't be asked.
+    """
+    if not is_remote(location):
+        yield Shards(local_path(location))
+        return
+    store = Store(location.rstrip("/").removesuffix(f"/{INDEX}"), options)
+    with _folder("shards") as folder, named(folder, store):
+        listed = {name: stored for name, stored in store.listed().items() if _STATE not in PurePosixPath(name).parts}
+        if not listed:
+            raise AvprepError(f"no files at {store.address}: is the address right?")
+        unusable = _stand_ins(folder, listed)
+        small = [name for name in listed if PurePosixPath(name).name in (INDEX, CLIPS, SOURCES)
+                 and name not in unusable]
+        for name, content in store.read(small):
+            (folder / name).write_bytes(content)
+        yield Shards(folder, store)
 
 
 class Mirror:

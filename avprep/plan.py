@@ -9,7 +9,6 @@ import os
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from avprep import __version__
 from avprep.datasets.source import Source
@@ -34,12 +33,8 @@ class ShardTask:
     fingerprint: str
 
 
-class FileState(NamedTuple):
-    """What the file system says of a file: size in bytes (-1: it is not there), date in ns, whether it may be read."""
-
-    size_bytes: int
-    changed_ns: int
-    readable: bool
+# What the file system says of a file: size in bytes (-1: it is not there), date in ns, whether it may be read.
+_FileState = tuple[int, int, bool]
 
 
 def shuffled_rank(key: str) -> bytes:
@@ -57,30 +52,32 @@ def shard_tasks(sources: Iterable[Source], spec: ClipSpec, dataset: str, split: 
     bytes_per_s, clip_s = _bytes_per_s(spec), spec.clip_s
     tasks: list[ShardTask] = []
     group: list[Source] = []
-    states: list[list[FileState]] = []
-    room = 0.0
+    lines: list[str] = []
+    room, raw, root = 0.0, None, ""
     for source in sorted(sources, key=lambda source: shuffled_rank(source.key))[:limit]:
-        found = [_state_of(source), *map(_state_of, source.others)] if source.others else [_state_of(source)]
-        size = _expected_bytes(source, max(found)[0], clip_s, bytes_per_s)
+        if source.raw is not raw:
+            raw, root = source.raw, str(source.raw)
+        states = [_state_of(f"{root}/{place}") for place in
+                  (source.place, *[other.place for other in source.others])]
+        size = _expected_bytes(source, max(states)[0], clip_s, bytes_per_s)
         if size > room:
             if group:
-                tasks.append(ShardTask(len(tasks), tuple(group), _fingerprint(group, states, common)))
-            group, states, room = [], [], float(shard_bytes)
+                tasks.append(ShardTask(len(tasks), tuple(group), _fingerprint(common, lines)))
+            group, lines, room = [], [], float(shard_bytes)
         group.append(source)
-        states.append(found)
+        lines.append(_line(source, states))
         room -= size
     if group:
-        tasks.append(ShardTask(len(tasks), tuple(group), _fingerprint(group, states, common)))
+        tasks.append(ShardTask(len(tasks), tuple(group), _fingerprint(common, lines)))
     return tasks
 
 
-def _state_of(source: Source) -> FileState:
-    path = f"{source.raw}/{source.place}"
+def _state_of(path: str) -> _FileState:
     try:
         status = os.stat(path)
     except OSError:  # it is gone, or a link to nothing: its worker says so
-        return FileState(-1, 0, False)
-    return FileState(status.st_size, status.st_mtime_ns, status.st_mode & _READ == _READ or os.access(path, os.R_OK))
+        return -1, 0, False
+    return status.st_size, status.st_mtime_ns, status.st_mode & _READ == _READ or os.access(path, os.R_OK)
 
 
 def _bytes_per_s(spec: ClipSpec) -> float:
@@ -96,9 +93,16 @@ def _expected_bytes(source: Source, file_bytes: int, clip_s: float, bytes_per_s:
     return _TAR_BYTES_PER_CLIP * max(1, length_s / clip_s) + bytes_per_s * length_s
 
 
-def _fingerprint(group: list[Source], states: list[list[FileState]], common: str) -> str:
-    lines = [repr((source.key, source.moment_s, source.labels, source.label_times_s, source.name, *found,
-                   *(other.name for other in source.others))) for source, found in zip(group, states, strict=True)]
+def _line(source: Source, states: list[_FileState]) -> str:
+    """A source in the text of a fingerprint. Whoever changes it has every finished shard made anew."""
+    found = ", ".join([f"FileState(size_bytes={size}, changed_ns={date}, readable={readable})"
+                       for size, date, readable in states])
+    others = "".join([f", {other.name!r}" for other in source.others]) if source.others else ""
+    return (f"({source.key!r}, {source.moment_s!r}, {source.labels!r}, {source.label_times_s!r}, "
+            f"{source.name!r}, {found}{others})")
+
+
+def _fingerprint(common: str, lines: list[str]) -> str:
     return hashlib.sha256("\n".join([common, *lines]).encode()).hexdigest()
 
 

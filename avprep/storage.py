@@ -96,6 +96,20 @@ class Store:
 
             yield from ((some[path], content) for path, content in self._patiently("", ask).items())
 
+    def read_at(self, name: str, offset: int, size: int) -> bytes:
+        """So many bytes of a file.
+
+        Raises:
+            AvprepError: they can't be had.
+        """
+        def ask() -> bytes:
+            content: bytes = self._opened()[0].cat_file(self._path(name), start=offset, end=offset + size)
+            if len(content) != size:
+                raise OSError(f"{len(content)} of {size} bytes came")
+            return content
+
+        return self._patiently(name, ask)
+
     def fetch(self, name: str, target: Path) -> None:
         """A file, brought to a place of this machine; nothing is there if it is not in the store, or must not be read.
 

@@ -103,7 +103,7 @@ def _shortcuts(config: Config, fusion: str | None, share: str | None, rank: int 
 
 @main.command()
 @click.option("--shards", multiple=True, default=["shards/demo"],
-              help="Folder of a dataset or a split, or a split's address (s3://, https:// ...); may be repeated.")
+              help="Folder of a dataset or a split, or its address (s3://, https:// ...); may be repeated.")
 @click.option("--test-shards", multiple=True,
               help="Held-out folders.  [default: SHARDS/test or SHARDS/val where it is]")
 @click.option("--preset", default="tiny", help="tiny, small, sound, paper, or a .toml file.")
@@ -125,6 +125,7 @@ def pretrain(started: float, shards: tuple[str, ...], test_shards: tuple[str, ..
     """Pretrain a model from scratch on shards. Run again, a run that was stopped goes on to the same losses."""
     from avtrain import ranks
     from avtrain.config import read_config
+    from avtrain.data.storage import splits_in
     from avtrain.pretraining.pretrain import pretrain as run_pretraining
     from avtrain.pretraining.report import PAGE, held_out_text, is_current, write_report
     from avtrain.run_folder import RunFolder
@@ -133,9 +134,8 @@ def pretrain(started: float, shards: tuple[str, ...], test_shards: tuple[str, ..
     config = read_config(preset, overrides)
     if config.data.order == "stream":
         say("data.order=stream: shuffled within each worker; other data.workers or processes give another order")
-    train = [_split_of(location, "train") or location for location in shards]
-    test = list(test_shards) or [there for location in shards
-                                 if (there := _split_of(location, "test") or _split_of(location, "val"))]
+    found = [splits_in(location) for location in shards]
+    train, test = [one for one, _ in found], list(test_shards) or [held_out for _, held_out in found if held_out]
     runtime = choose_runtime(device, precision)
     try:
         ranks.begin(runtime.device)
@@ -165,11 +165,6 @@ def pretrain(started: float, shards: tuple[str, ...], test_shards: tuple[str, ..
         click.echo(line)
 
 
-def _split_of(location: str, split: str) -> str | None:
-    """The split's folder in the local folder of a dataset."""
-    return str(Path(location) / split) if (Path(location) / split / "index.json").is_file() else None
-
-
 @main.command("eval")
 @click.option("--task", required=True, help="ucf101, esc50, esc10, kinetics-sounds, charades, audioset, demo, folder, "
                                            "or all: those whose shards are there.")
@@ -183,7 +178,7 @@ def _split_of(location: str, split: str) -> str | None:
               help="Settings of the protocol: the published ones, or ones for small networks on a CPU.")
 @click.option("--split", default="all", help="Number of a split or fold, or all.")
 @click.option("--modality", type=click.Choice(["visual", "audio", "both"]), help="[default: the task's]")
-@click.option("--shards", type=FOLDER, default=Path("shards"), help="Folder that holds the datasets' shards.")
+@click.option("--shards", default="shards", help="Folder that holds the datasets' shards, or its address (s3:// ...).")
 @click.option("--validation", type=Number(0, 0.9), default=0.0,
               help="Share of the training clips, by group, that is only looked at. Nothing is chosen by it.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0)
@@ -193,9 +188,10 @@ def _split_of(location: str, split: str) -> str | None:
 @click.option("--cache", type=FOLDER, default=Path("runs/features"), help="Folder of frozen features.")
 @going_on_options
 @wandb_option
+@store_options
 @runtime_options("float64")
 def evaluate(task: str, checkpoint: Path | None, init: str | None, preset: str | None, protocol: str | None,
-             recipe: str, split: str, modality: str | None, shards: Path, validation: float, seed: int,
+             recipe: str, split: str, modality: str | None, shards: str, validation: float, seed: int,
              overrides: tuple[str, ...], out: Path | None, cache: Path, force: bool, wandb: str | None,
              device: str | None, precision: str) -> None:
     """Transfer a checkpoint to a task: train on its training split, test on its test split.
@@ -328,28 +324,32 @@ def _embedder(checkpoint: Path, overrides: tuple[str, ...]) -> Start:
 
 @main.command()
 @click.option("--checkpoint", type=FILE, required=True, help="Of ours (.safetensors) or of the authors' (.pyth).")
-@click.option("--shards", type=FOLDER, default=Path("shards/demo"),
-              help="Folder of a dataset: common directions are learned on train, without labels, tried on test.")
+@click.option("--shards", default="shards/demo",
+              help="Folder of a dataset, or its address (s3:// ...): common directions are learned on train, without "
+              "labels, tried on test.")
 @click.option("-o", "--output", type=FILE, default=Path("runs/retrieval.png"), help="The picture to draw.")
 @set_option("retrieve", "May be repeated.", "data.FIELD=VALUE")
 @click.option("--cache", type=FOLDER, default=Path("runs/features"), help="Folder of frozen features.")
+@store_options
 @runtime_options()
-def retrieve(checkpoint: Path, shards: Path, output: Path, overrides: tuple[str, ...], cache: Path,
+def retrieve(checkpoint: Path, shards: str, output: Path, overrides: tuple[str, ...], cache: Path,
              device: str | None, precision: str) -> None:
     """Find the pictures that go with a sound, and the sounds that go with a picture."""
     from avtrain.data.shards import open_folders
+    from avtrain.data.storage import below, has_index, shown
     from avtrain.runtime import choose_runtime
     from avtrain.transfer.retrieval import draw_retrieval
     from avtrain.transfer.retrieval import retrieve as search
 
     check_ending(output, ".png")
-    for split in ("train", "test"):
-        if not (shards / split / "index.json").is_file():
-            raise AvtrainError(f"--shards {shards}: no {split}/index.json in it; the folder of a dataset with a train "
-                               "and a test split is wanted, such as shards/demo")
+    folders = {split: below(shards, split) for split in ("train", "test")}
+    for split, folder in folders.items():
+        if not has_index(folder):
+            raise AvtrainError(f"--shards {shown(shards)}: no {split}/index.json in it; the folder of a dataset with a "
+                               "train and a test split is wanted, such as shards/demo")
     source = _embedder(checkpoint, overrides)
     source.check_parts("both", True)
-    train, test = (open_folders([str(shards / split)]) for split in ("train", "test"))
+    train, test = (open_folders([folder]) for folder in folders.values())
     found = search(source.model, train, test, source.data, choose_runtime(device, precision), cache)
     for name, from_sound in (("sound to picture", True), ("picture to sound", False)):
         ks = [k for k in (1, 5, 10) if k < len(found.keys)]

@@ -75,7 +75,7 @@ def transferred(source: Start, trial: Trial, fold: str, shards: Path, out: Path,
                 runtime: Runtime, force: bool) -> tuple[dict[str, Metric], bool]:
     """`avtrain eval --task esc10 --split FOLD`, in figures that can be averaged over folds; whether it was done before.
     """
-    done = evaluate_task(source, trial, [fold], shards, out, cache, runtime, force)
+    done = evaluate_task(source, trial, [fold], str(shards), out, cache, runtime, force)
     return metrics_of(read_predictions(out / "predictions.jsonl"), False, trial.seed), done.before
 
 

@@ -72,7 +72,7 @@ def transferred(source: Start, protocol: str, modality: str, shards: Path, folde
     """Top-1 of `avtrain eval --task demo --recipe small`: "percent" and "interval_95"."""
     trial = Trial("demo", protocol_for("demo", protocol, "small"), modality, seed=seed)
     out = folder / f"{protocol}-{modality}"
-    done = evaluate_task(source, trial, ["1"], shards.parent, out, folder / "features", runtime, force)
+    done = evaluate_task(source, trial, ["1"], str(shards.parent), out, folder / "features", runtime, force)
     top1: dict[str, Any] = done.results["mean"]["top1"]
     return top1
 

@@ -1,118 +1,93 @@
-"""`python -m benchmarks.scale [ROWS ...]`: planning, and running a finished build again, against rows of the list.
-
-The list is made up, in Kinetics' form; its files are stubs, sparse and all in one folder; shards are made by a stand-in
-that writes a small file for each, with the rows that real clips would have.
+"""`python -m benchmarks.scale`: clips a second by executor, workers and store, and planning against rows of the list,
+as tables and a picture. Exit code 1 where a promise is not kept.
 """
 
 from __future__ import annotations
 
-import os
-import random
-import subprocess
+import argparse
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-_ROWS = (1_000, 10_000, 100_000, 1_000_000)
-_CLASSES = 700
-_FILE_BYTES = 1_500_000
-_MOST_PLAN_S, _MOST_PLAN_MB, _MOST_RERUN_S = 10.0, 500.0, 5.0
-_PLAN = """
-import sys
-from pathlib import Path
-from avprep.build import BuildOptions, plan_split
-from avprep.spec import ClipSpec
-options = BuildOptions("kinetics700", Path(sys.argv[1]), Path("none"), ClipSpec(), 2, 256_000_000, 60)
-print(len(plan_split(options, "train").tasks))
-"""
-_BUILD = """
-import sys
-from pathlib import Path
-import avprep.build
-from avprep.spec import ClipSpec
-from benchmarks.scale import stand_in
-avprep.build.make_shard = stand_in
-options = avprep.build.BuildOptions("kinetics700", Path(sys.argv[1]), Path(sys.argv[2]), ClipSpec(), 2, 256_000_000, 60)
-print(avprep.build.build_split(options, "train").clips)
-"""
+from benchmarks.building import MOST_RAY, Built, Way, measure
+from benchmarks.planning import PROMISED, Planned, planned
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Of a process: seconds, from its start to its end; MB of memory at the most; what it printed."""
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="*", default=[1_000, 10_000, 100_000, 1_000_000])
+    parser.add_argument("--clips", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=3, help="of what Ray is compared with")
+    parser.add_argument("--out", type=Path, default=Path("runs/scale.png"), help="the picture to draw")
+    parser.add_argument("--quick", action="store_true", help="a few rows and clips: does it run? No promise is judged")
+    asked = parser.parse_args()
+    few_clips = 4
+    if asked.quick:
+        asked.rows, asked.clips, asked.rounds, few_clips = [100, 1_000], 1, 1, 0
+    plans = _print_plans(asked.rows)  # first: a child's peak of memory counts what this process had when it began it
+    with tempfile.TemporaryDirectory() as scratch:
+        builds = measure(asked.clips, asked.rounds, few_clips, Path(scratch))
+    is_kept = _print_builds(builds)
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    draw(builds, plans, asked.out)
+    print(asked.out)
+    return 0 if asked.quick or is_kept and all(plan.is_kept for plan in plans) else 1
 
-    seconds: float
-    mb: float
-    printed: str
+
+def _print_builds(builds: dict[Way, Built]) -> bool:
+    """A table; whether Ray costs as little as promised."""
+    print("\n| executor | workers | raw files and shards in a | clips/s |\n|---|---:|---|---:|")
+    for way, built in builds.items():
+        print(f"| {way.executor} | {way.workers} | {way.where} | {built.clips / built.seconds:.2f} |")
+    local, ray = (builds[Way(executor, 2, "folder")] for executor in ("local", "ray"))
+    ratio = ray.seconds / local.seconds
+    print(f"\nRay / local, 2 workers, {local.clips} clips between folders: {ratio:.2f} (medians of {len(ray.rounds)}: "
+          f"{ray.seconds:.1f} s, {local.seconds:.1f} s); promised {MOST_RAY:g}: {_kept(ratio <= MOST_RAY)}")
+    return ratio <= MOST_RAY
 
 
-def main(sizes: list[int]) -> int:
-    print("|      rows | plan, s | plan, MB | first build, s | again, s |")
-    print("|----------:|--------:|---------:|---------------:|---------:|")
-    kept = True
+def _print_plans(sizes: list[int]) -> list[Planned]:
+    """A table, row by row."""
+    plans: list[Planned] = []
+    print("| rows | plan, s | plan, MB | first build, s | again, s |\n|---:|---:|---:|---:|---:|")
     for rows in sizes:
-        with tempfile.TemporaryDirectory() as scratch:
-            raw, out = Path(scratch) / "raw", Path(scratch) / "out"
-            make_list(raw, rows)
-            plan = _measured([sys.executable, "-c", _PLAN, str(raw)])
-            first = _measured([sys.executable, "-c", _BUILD, str(raw), str(out)])
-            again = _measured([sys.executable, "-m", "avprep.cli", "build", "--raw", str(raw), "--out", str(out)])
-        assert first.printed.strip() == str(rows) and "all shards were there already" in again.printed, again.printed
-        print(f"| {rows:>9,} | {plan.seconds:>7.1f} | {plan.mb:>8.0f} | {first.seconds:>14.1f} | "
-              f"{again.seconds:>8.1f} |", flush=True)
-        kept = kept and plan.seconds <= _MOST_PLAN_S and plan.mb <= _MOST_PLAN_MB and again.seconds <= _MOST_RERUN_S
-    print(f"promised: plan in {_MOST_PLAN_S:g} s and {_MOST_PLAN_MB:g} MB, again in {_MOST_RERUN_S:g} s: "
-          + ("kept" if kept else "NOT KEPT"))
-    return 0 if kept else 1
+        plan = planned(rows)
+        plans.append(plan)
+        print(f"| {rows:,} | {plan.plan_s:.1f} | {plan.plan_mb:.0f} | {plan.first_s:.1f} | {plan.again_s:.1f} |",
+              flush=True)
+    print(f"\npromised: {PROMISED}: {_kept(all(plan.is_kept for plan in plans))}")
+    return plans
 
 
-def _measured(command: list[str]) -> _Run:
-    """Run a command, and ask what it took. Linux only: elsewhere the peak has another unit."""
-    start = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as printed:
-        process = subprocess.Popen(command, stdout=printed, stderr=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        printed.seek(0)
-        assert process.returncode == 0, command
-        return _Run(seconds, usage.ru_maxrss * 1024 / 1e6, printed.read())
+def _kept(is_kept: bool) -> str:
+    return "kept" if is_kept else "NOT KEPT"
 
 
-def make_list(raw: Path, rows: int) -> None:
-    """A CSV of so many rows, and a stub for each."""
-    draw = random.Random(0)
-    (raw / "train").mkdir(parents=True)
-    with (raw / "train.csv").open("w", encoding="utf-8") as table:
-        table.write("label,youtube_id,time_start,time_end,split\n")
-        for number in range(rows):
-            name, start_s = f"{draw.getrandbits(42):010x}{number % 10}", draw.randrange(300)
-            table.write(f"class {number % _CLASSES},{name},{start_s},{start_s + 10},train\n")
-            file = os.open(raw / "train" / f"{name}_{start_s:06d}_{start_s + 10:06d}.mp4", os.O_CREAT | os.O_WRONLY)
-            os.truncate(file, _FILE_BYTES + draw.randrange(500_000))
-            os.close(file)
+def draw(builds: dict[Way, Built], plans: list[Planned], path: Path) -> None:
+    """Bars of clips a second; lines of seconds over rows."""
+    from matplotlib.figure import Figure
 
-
-def stand_in(task: Any, crew: Any, count: Any, job: Any) -> dict[str, Any]:
-    """In place of `make_shard`: a clip a source, in a file of a few bytes."""
-    from avprep.manifest import clip_row
-
-    url, content = job.shard(task.number), b"stub"
-    (job.folder / url).write_bytes(content)
-    places = {"mp4": (512, 400_000), "logmel.npy": (401_000, 100_000), "json": (502_000, 900)}
-    infos = [{"key": f"{source.key}-0000", "source": source.name, "labels": list(source.labels), "start_s": 0.0,
-              "end_s": 10.0, "frames": 160, "width": 212, "height": 160, "sound_s": 10.0, "mel_frames": 640,
-              "missing": [], "marks": []} for source in task.sources]
-    count.add(len(infos))
-    return {"fingerprint": task.fingerprint,
-            "shard": {"url": url, "nsamples": len(infos), "filesize": len(content), "sha256": "0" * 64},
-            "clips": [clip_row(info, url, places) for info in infos],
-            "sources": [{"key": source.key, "taken": 0, "names": [source.name], "files": [None], "failure": None,
-                         "clips_written": 1, "clips_failed": 0} for source in task.sources]}
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    speed, time = figure.subplots(1, 2)
+    groups = list(dict.fromkeys((way.workers, way.where) for way in builds))
+    for side, executor in ((-0.2, "local"), (0.2, "ray")):
+        heights = [builds[Way(executor, *group)].clips / builds[Way(executor, *group)].seconds for group in groups]
+        bars = speed.bar([at + side for at in range(len(groups))], heights, 0.4, label=executor)
+        speed.bar_label(bars, fmt="%.2f", fontsize=8)
+    names = [f"{workers} worker{'s' * (workers > 1)}, {where}" for workers, where in groups]
+    speed.set_xticks(range(len(groups)), names)
+    speed.set(title="avprep build", ylabel="clips a second")
+    speed.margins(y=0.25)  # for the legend
+    for what, label in (("plan_s", "plan"), ("first_s", "first build, shards made by a stand-in"),
+                        ("again_s", "finished build again")):
+        time.plot([plan.rows for plan in plans], [getattr(plan, what) for plan in plans], "o-", label=label)
+    time.set(title="against rows of the list", xlabel="rows", ylabel="seconds", xscale="log", yscale="log")
+    time.grid(alpha=0.3)
+    for axis in (speed, time):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
+    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":
-    sys.exit(main([int(argument) for argument in sys.argv[1:]] or list(_ROWS)))
+    sys.exit(main())

@@ -92,6 +92,19 @@ def test_ablations(demo_shards, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # Ray's own
+def test_scale(tmp_path):
+    printed = _run("scale", "--quick", "--out", tmp_path / "scale.png")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
+    plans, builds = rows[:3], rows[3:]
+    assert [row[0] for row in plans] == ["rows", "100", "1,000"] and 0 < float(plans[-1][2]) < 400
+    assert [row[:3] for row in builds[1:]] == [[executor, workers, where] for workers in "12" for where in
+                                               ("folder", "store") for executor in ("local", "ray")]
+    assert all(float(row[3]) > 0 for row in builds[1:]) and "2 workers, 1 clips between folders" in printed
+    assert (tmp_path / "scale.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
 def test_gpu_runs_whole_on_a_cpu(shared_or_none, tmp_path):
     out = tmp_path / "gpu.json"
     reference = ["--reference", shared_or_none / "reference"] if shared_or_none else []

@@ -1,5 +1,6 @@
 """What the README and the pages of docs/ show works: commands, options, settings, targets, files, links, examples."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -184,11 +185,18 @@ def test_commands_of_stores_run_as_written(avprep, small_demo, bucket, tmp_path,
         monkeypatch.setenv(name, value)
     for path in small_demo.rglob("*.mp4"):
         bucket.pipe_file(f"bucket/demo/{path.relative_to(small_demo).as_posix()}", path.read_bytes())
-    build, *trains = (command for command in _commands("docs/scaling.md") if "s3://" in command)
-    done = avprep(*shlex.split(build)[1:])
-    assert done.returncode == 0, done.stderr
+    commands = [command for command in _commands("docs/scaling.md") if "s3://" in command]
+    prepares = [command for command in commands if command.startswith("avprep")]
+    trains = [command for command in commands if command.startswith("avtrain")]
+    assert [command.split()[1] for command in prepares] == ["build", "info", "verify", "preview"]
+    for command in prepares:
+        done = avprep(*shlex.split(command)[1:])
+        assert done.returncode == 0, done.stderr
     small = ["--max-steps", "1", "--device", "cpu", "--preset", "sound", "--set", "training.batch_size=4", "--set",
              "model.dimension=32", "--set", "data.workers=1"]
     for number, train in enumerate(trains):
         trained = CliRunner().invoke(avtrain_main, [*shlex.split(train)[1:], *small, "--out", f"runs/{number}"])
         assert trained.exit_code == 0, trained.output
+    held_out = [any(name.startswith("test_") for name in json.loads(line)) for line in
+                (Path(f"runs/{number}/metrics.jsonl").read_text().splitlines()[-1] for number in range(len(trains)))]
+    assert held_out == [not command.partition("--shards ")[2].split()[0].endswith("/train") for command in trains]

@@ -37,8 +37,8 @@ def find(raw: Path, split: str) -> Listing:
         if _is_id(name):
             files.setdefault(name[:_ID_LENGTH], []).extend((name[_ID_LENGTH:], place) for place in places)
     for row in read_rows(table, ("id", "start", "end", "mids"), listing.skipped):
-        youtube_id, moment_s = row.values["id"], time_span(row.values["start"], row.values["end"])
-        wanted = [mid.strip() for mid in row.values["mids"].split(",") if mid.strip()]
+        youtube_id, start, end, listed = row.values
+        moment_s, wanted = time_span(start, end), [mid.strip() for mid in listed.split(",") if mid.strip()]
         if moment_s is None:
             listing.skipped.append(row.skipped(BAD_TIMES))
         elif any(mid not in index for mid in wanted):
@@ -58,11 +58,11 @@ def _class_list(names: Path) -> tuple[list[str], list[str]]:
     """(MIDs, names) in the order of the list's index."""
     broken: list[Skipped] = []
     rows = read_csv(names, ("index", "mid", "display_name"), broken)
-    broken += [row.skipped("") for row in rows if whole_number(row.values["index"]) is None]
+    broken += [row.skipped("") for row in rows if whole_number(row.values[0]) is None]
     if broken:
         raise AvprepError(f"{names}: {broken[0].name} is not index,mid,display_name: get the official file anew")
-    rows.sort(key=lambda row: int(row.values["index"]))
-    return [row.values["mid"] for row in rows], [row.values["display_name"] for row in rows]
+    rows.sort(key=lambda row: int(row.values[0]))
+    return [row.values[1] for row in rows], [row.values[2] for row in rows]
 
 
 def _of_moment(files: Sequence[tuple[str, str]], start_s: float) -> list[str]:

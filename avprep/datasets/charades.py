@@ -41,16 +41,16 @@ def find(raw: Path, split: str) -> Listing:
     folders = [folder for name in ("Charades_v1_480", "Charades_v1", "videos") if (folder := raw / name).is_dir()]
     files = FilesByStem(place for folder in folders or [raw] for place in all_places(folder, raw, listing.skipped))
     for row in read_csv(table, ("id", "actions"), listing.skipped):
-        times_s, problem = _times_of_labels(row.values["actions"], index)
+        video, actions = row.values
+        times_s, problem = _times_of_labels(actions, index)
         if problem:
             listing.skipped.append(row.skipped(problem))
-        elif not files[row.values["id"]]:
-            listing.skipped.append(Skipped(row.values["id"], MISSING_FILE))
+        elif not files[video]:
+            listing.skipped.append(Skipped(video, MISSING_FILE))
         else:
             times = tuple(map(tuple, times_s.values()))
             listing.sources.append(one_of(
-                source_of(path, raw, times_s, key=row.values["id"], label_times_s=times)
-                for path in files[row.values["id"]]))
+                source_of(path, raw, times_s, key=video, label_times_s=times) for path in files[video]))
     return listing
 
 

@@ -60,23 +60,24 @@ def _from_csv(raw: Path, split: str, esc10_only: bool) -> Listing:
         raise AvprepError(f"no {table}: unpack the ESC-50 archive (audio/, meta/) into {raw}")
     problems: list[Skipped] = []
     rows = [row for row in read_csv(table, ("filename", "fold", "target", "category", "esc10"), problems)
-            if not esc10_only or row.values["esc10"].casefold() == "true"]
+            if not esc10_only or row.values[-1].casefold() == "true"]
     problems += [row.skipped(UNUSABLE_ROW) for row in rows if not _is_usable(row)]
-    rows = [row for row in rows if _is_usable(row)]
-    targets = {int(row.values["target"]): row.values["category"] for row in rows}
+    recordings = [row.values for row in rows if _is_usable(row)]
+    targets = {int(target): category for _, _, target, category, _ in recordings}
     index = {target: label for label, target in enumerate(sorted(targets))}
     listing = Listing([targets[target] for target in sorted(targets)], skipped=problems)
     files = FilesByStem(all_places(raw / "audio", raw, problems))
-    for row in rows:
-        if row.values["fold"] != split[-1]:
+    for filename, fold, target, _, _ in recordings:
+        if fold != split[-1]:
             continue
-        stem, label = Path(row.values["filename"]).stem, index[int(row.values["target"])]
+        stem, label = Path(filename).stem, index[int(target)]
         if files[stem]:
             listing.sources.append(one_of(source_of(path, raw, (label,), key=stem) for path in files[stem]))
         else:
-            listing.skipped.append(Skipped(row.values["filename"], MISSING_FILE))
+            listing.skipped.append(Skipped(filename, MISSING_FILE))
     return listing
 
 
 def _is_usable(row: Row) -> bool:
-    return whole_number(row.values["target"]) is not None and row.values["fold"] in _FOLDS
+    _, fold, target, _, _ = row.values
+    return whole_number(target) is not None and fold in _FOLDS

@@ -41,11 +41,7 @@ def media_endings() -> frozenset[str]:
 
 def is_media(path: Path) -> bool:
     """Whether the file's name ends like that of a video or a sound file."""
-    return _is_media_name(path.name)
-
-
-def _is_media_name(name: str) -> bool:
-    stem, _, ending = name.rpartition(".")
+    stem, _, ending = path.name.rpartition(".")
     return stem != "" and ending.lower() in media_endings()
 
 
@@ -124,20 +120,26 @@ class FilesByStem:
         self._found: dict[str, tuple[tuple[str, str], ...]] = {}
         same: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {}
         parts: dict[str, list[tuple[str, str]]] = {}
+        endings = media_endings()
         for place in places:
-            name = place.rpartition("/")[2]
-            if _is_media_name(name):
-                stem = name.rpartition(".")[0]
-                whole = _PART.sub("", stem) if "." in stem else stem
-                around = place[: len(place) - len(name)], name[len(whole):]
-                if whole != stem:
-                    parts.setdefault(whole, []).append(around)
-                elif stem in self._found:
-                    self._found[stem] = (*self._found[stem], around)
-                else:
-                    self._found[stem] = same.setdefault(around, (around,))
+            folder, slash, name = place.rpartition("/")
+            stem, dot, ending = name.rpartition(".")
+            if not stem or ending.lower() not in endings:
+                continue
+            whole = _PART.sub("", stem) if "." in stem else stem
+            around = folder + slash, name[len(whole):] if whole != stem else dot + ending
+            if whole != stem:
+                parts.setdefault(whole, []).append(around)
+            elif stem in self._found:
+                self._found[stem] = (*self._found[stem], around)
+            else:
+                self._found[stem] = same.setdefault(around, (around,))
         for stem, left in parts.items():
             self._found[stem] = (*self._found.get(stem, ()), *left)
+
+    def around(self, stem: str) -> tuple[tuple[str, str], ...]:
+        """What stands before the name and what behind it in the place of each file of this name."""
+        return self._found.get(stem, ())
 
     def __getitem__(self, stem: str) -> tuple[str, ...]:
         """The places of the files of this name; none, if there is none."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from avprep.datasets.files import FilesByStem, all_places
-from avprep.datasets.source import BAD_TIMES, MISSING_FILE, Listing, Skipped, one_of, source_of
-from avprep.datasets.tables import Row, stream_csv, time_span
+from avprep.datasets.source import BAD_TIMES, MISSING_FILE, Listing, Skipped, Source, one_of, safe_key
+from avprep.datasets.tables import stream_csv, time_span
 from avprep.errors import AvprepError
 
 SPLITS = ("train", "val", "test")
@@ -34,48 +35,48 @@ def find(raw: Path, split: str) -> Listing:
     labels = {label for other in splits(raw) if other != split for label in _labels(raw, other)}
     listing = Listing([])
     files = FilesByStem(all_places(raw, raw, listing.skipped))
-    label_of: dict[str, tuple[int, ...]] = {"": ()}  # by name, in the order of the rows for now
-    for row, moment_s in _rows(raw, split, listing.skipped):
-        youtube_id = row.values["youtube_id"]
-        stem = f"{youtube_id}_{int(moment_s[0]):06d}_{int(moment_s[1]):06d}"
-        label = label_of.setdefault(_label(row), (len(label_of) - 1,))
-        trimmed, whole = files[stem], files[youtube_id]
-        if trimmed or whole:
-            listing.sources.append(one_of([
-                *(source_of(place, raw, label, key=stem) for place in trimmed),
-                *(source_of(place, raw, label, key=stem, moment_s=moment_s) for place in whole)]))
+    rows = list(_rows(raw, split, listing.skipped))
+    listing.classes = sorted(labels.union([row[-1] for row in rows]) - {""})
+    labels_of = {name: (position,) for position, name in enumerate(listing.classes)} | {"": ()}
+    rows.reverse()
+    while rows:  # each goes as it is matched: there may be millions
+        youtube_id, moment_s, label = rows.pop()
+        stem = youtube_id + _suffix(moment_s)
+        key, its_labels = safe_key(stem), labels_of[label]
+        found = [Source(key, raw, before, stem, behind, its_labels) for before, behind in files.around(stem)]
+        found += [Source(key, raw, f"{before}{youtube_id}{behind}", stem, None, its_labels, moment_s)
+                  for before, behind in files.around(youtube_id)]
+        if found:
+            listing.sources.append(one_of(found) if len(found) > 1 else found[0])
         else:
             listing.skipped.append(Skipped(stem, MISSING_FILE))
-    listing.classes = sorted(labels.union(label_of) - {""})
-    index = {name: (position,) for position, name in enumerate(listing.classes)} | {"": ()}
-    final = {label: index[name] for name, label in label_of.items()}
-    for number, source in enumerate(listing.sources):
-        listing.sources[number] = source._replace(labels=final[source.labels], others=source.others and tuple(
-            other._replace(labels=final[other.labels]) for other in source.others))
     return listing
 
 
-def _label(row: Row) -> str:
-    return row.values.get("label", "")
+@lru_cache(maxsize=1 << 16)
+def _suffix(moment_s: tuple[float, float]) -> str:
+    """What stands behind the id in the name of a trimmed clip."""
+    return f"_{int(moment_s[0]):06d}_{int(moment_s[1]):06d}"
 
 
 def _labels(raw: Path, split: str) -> set[str]:
     try:
-        return {_label(row) for row, _ in _rows(raw, split, [])}
+        return {row[-1] for row in _rows(raw, split, [])}
     except AvprepError:  # no table of ours, which is said when this split is built
         return set()
 
 
-def _rows(raw: Path, split: str, problems: list[Skipped]) -> Iterator[tuple[Row, tuple[float, float]]]:
-    """The usable rows of a split's CSV, each with its moment."""
+def _rows(raw: Path, split: str, problems: list[Skipped]) -> Iterator[tuple[str, tuple[float, float], str]]:
+    """(YouTube id, moment, label) of the usable rows of a split's CSV."""
     table = _csv(raw, split)
     assert table is not None
     for row in stream_csv(table, _COLUMNS, problems, more=("label",)):
-        moment_s = time_span(row.values["time_start"], row.values["time_end"])
+        youtube_id, start, end, label = row.values
+        moment_s = time_span(start, end)
         if moment_s is None:
             problems.append(row.skipped(BAD_TIMES))
         else:
-            yield row, moment_s
+            yield youtube_id, moment_s, label
 
 
 def _csv(raw: Path, split: str) -> Path | None:

@@ -165,7 +165,8 @@ def complete(listing: Listing) -> Listing:
             seen.add(what)
             sources.append(source)
     del seen
-    while shared := _shared(source.key for source in sources):
+    while len({source.key for source in sources}) < len(sources):
+        shared = _shared(source.key for source in sources)
         # Nearly always one round; the next marks also what happens to be named like a marked key.
         sources = [_with_marked_key(source, rounds) if source.key in shared else source for source in sources]
         rounds += 1

@@ -6,8 +6,9 @@ import csv
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,9 +23,10 @@ _LONGEST_NUMBER = 18  # digits
 
 
 class Row(NamedTuple):
-    """One row of a table: its values by column, without blanks around them, and where it stands."""
+    """One row of a table: the values of the columns that were asked for, in that order and without blanks around them,
+    and where it stands."""
 
-    values: dict[str, str]
+    values: tuple[str, ...]
     table: str
     line: int
     text: str
@@ -51,7 +53,7 @@ def stream_csv(path: Path, columns: Sequence[str], problems: list[Skipped], more
         path: the file.
         columns: those that must be there; the first says what a row is about, and is not empty.
         problems: gets a line for each row that has not the header's columns, or is not UTF-8 in those that are read.
-        more: columns that are read where they are there.
+        more: columns that are read where they are there; else they are empty.
 
     Raises:
         AvprepError: a column is missing; the message names it.
@@ -65,7 +67,7 @@ def stream_csv(path: Path, columns: Sequence[str], problems: list[Skipped], more
         there = "".join(letter if letter.isprintable() else "?" for letter in printable(", ".join(found)))
         there = there[:_LONGEST_TEXT]
         raise AvprepError(f"{path}: no column {', '.join(missing)} (found: {there})")
-    return _rows(path, records, found, [*columns, *(name for name in more if name in found)], problems)
+    return _rows(path, records, found, (*columns, *more), problems)
 
 
 def read_rows(path: Path, columns: Sequence[str], problems: list[Skipped]) -> Iterator[Row]:
@@ -76,10 +78,11 @@ def read_rows(path: Path, columns: Sequence[str], problems: list[Skipped]) -> It
 
 def read_lines(path: Path) -> list[Row]:
     """The lines of a text file that are not blank, each as a row without values."""
-    return [Row({}, printable(path.name), number, line.strip())
+    return [Row((), printable(path.name), number, line.strip())
             for number, line in enumerate(_lines(path), 1) if line.strip()]
 
 
+@lru_cache(maxsize=1 << 16)  # a million rows have a few thousand different ones
 def time_span(start: str, end: str) -> tuple[float, float] | None:
     """Two times in seconds; None if they are none: no numbers, not finite, before 0, or the end not after the start."""
     try:
@@ -151,16 +154,20 @@ def _values(text: str) -> list[str] | None:
 
 def _rows(path: Path, records: Iterator[tuple[int, str, list[str] | None]], columns: Sequence[str],
           needed: Sequence[str], problems: list[Skipped]) -> Iterator[Row]:
-    name = printable(path.name)
-    for number, text, values in records:
-        row = Row(dict(zip(columns, map(str.strip, values or ()), strict=False)), name, number, text.strip())
+    """`needed`: at least two; those that are not among the columns are empty."""
+    name, width = printable(path.name), len(columns)
+    chosen = itemgetter(*(columns.index(column) if column in columns else width for column in needed))
+    for number, text, cells in records:
+        values: tuple[str, ...] = ("",)
         # A comma at the end of a row does no harm.
-        too_many = values is not None and len(values) > len(columns) and any(values[len(columns):])
-        if (values is None or len(values) < len(columns) or too_many or not row.values[needed[0]]
-                or not (text.isascii() or all(_is_text(row.values[column]) for column in needed))):
-            problems.append(row.skipped(UNUSABLE_ROW))
-        else:
+        if cells and (len(cells) == width or len(cells) > width and not "".join(cells[width:]).strip()):
+            cells.append("")
+            values = tuple(map(str.strip, chosen(cells)))
+        row = Row(values, name, number, text.strip())
+        if values[0] and (text.isascii() or all(map(_is_text, values))):
             yield row
+        else:
+            problems.append(row.skipped(UNUSABLE_ROW))
 
 
 def _is_text(value: str) -> bool:

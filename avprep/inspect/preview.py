@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 from avprep.errors import AvprepError
 from avprep.logmel import stored_log_mel
 from avprep.manifest import places_of, read_clips
-from avprep.shards import find_indexes, read_at, read_index
+from avprep.mirror import Shards
+from avprep.shards import find_indexes, read_index
 
 _FRAMES_ACROSS = 12
 _ROW_HEIGHT_IN = 1.9
 _WIDTH_IN = 15.0
 
 
-def contact_sheet(shards: Path, output: Path, clips: int) -> int:
+def contact_sheet(shards: Shards, output: Path, clips: int) -> int:
     """Draw the first clips of each split: frames across the clip over its log-mel, with label and time axis.
 
     Returns:
@@ -32,11 +33,11 @@ def contact_sheet(shards: Path, output: Path, clips: int) -> int:
     """
     from matplotlib.figure import Figure
 
-    paths = find_indexes(shards)
+    paths = find_indexes(shards.folder)
     rows = [sample for number, path in enumerate(paths)
-            for sample in _samples(path, clips // len(paths) + (number < clips % len(paths)))]
+            for sample in _samples(shards, path, clips // len(paths) + (number < clips % len(paths)))]
     if not rows:
-        raise AvprepError(f"the shards in {shards} hold no clips")
+        raise AvprepError(f"the shards in {shards.folder} hold no clips")
     figure = Figure(figsize=(_WIDTH_IN, _ROW_HEIGHT_IN * len(rows) + 0.3), dpi=100, layout="constrained")
     grid = figure.add_gridspec(2 * len(rows), 1, height_ratios=[1.15, 0.85] * len(rows), hspace=0.0)
     for number, (row, classes, members) in enumerate(rows):
@@ -60,14 +61,15 @@ def contact_sheet(shards: Path, output: Path, clips: int) -> int:
     return len(rows)
 
 
-def _samples(index_path: Path, count: int) -> Iterator[tuple[dict[str, Any], list[str], dict[str, bytes]]]:
+def _samples(shards: Shards, index_path: Path,
+             count: int) -> Iterator[tuple[dict[str, Any], list[str], dict[str, bytes]]]:
     """The row, the classes and the members of the first clips."""
     index, folder = read_index(index_path), index_path.parent
-    shards = {entry["url"] for entry in index["shardlist"]}
+    listed = {entry["url"] for entry in index["shardlist"]}
     for row in read_clips(folder, index).slice(0, count).to_pylist():
-        if row["shard"] not in shards:
+        if row["shard"] not in listed:
             raise AvprepError(f"{index_path}: a clip lies in no shard of it: run `avprep verify`")
-        yield row, index["classes"], {ending: read_at(folder / row["shard"], *place)
+        yield row, index["classes"], {ending: shards.read_at(folder / row["shard"], *place)
                                       for ending, place in places_of(row).items()}
 
 

@@ -15,15 +15,18 @@ import numpy as np
 from avprep.errors import AvprepError
 from avprep.logmel import stored_log_mel
 from avprep.manifest import CLIPS, SOURCES, clip_row, read_clips, read_sources
+from avprep.mirror import Shards
 from avprep.progress import progress
 from avprep.shards import Sample, read_index, read_samples
 
 _BLOCK_BYTES = 1 << 20
 
 
-def problems_of(index_path: Path) -> Iterator[str]:
-    """Check every shard of an index; yields one line a problem, with the shard's name."""
+def problems_of(index_path: Path, shards: Shards | None = None) -> Iterator[str]:
+    """Check every shard of an index; yields one line a problem, with the shard's name. `shards`: that the index is one
+    of, where they are not all on this machine."""
     index, folder = read_index(index_path), index_path.parent
+    shards = shards or Shards(folder)
     try:
         clips = read_clips(folder, index)
         sources = read_sources(folder, index)
@@ -35,12 +38,13 @@ def problems_of(index_path: Path) -> Iterator[str]:
         rows = clips.slice(at, entry["nsamples"])
         at += entry["nsamples"]
         shard = folder / entry["url"]
-        if not shard.is_file():
-            yield f"{shard}: missing"
-            continue
-        if _sha256(shard) != entry["sha256"]:
-            yield f"{shard}: its checksum differs from the index"
-        yield from _problems_of_shard(shard, rows.to_pylist(), index["spec"])
+        with shards.whole(shard):
+            if not shard.is_file():
+                yield f"{shard}: missing"
+                continue
+            if _sha256(shard) != entry["sha256"]:
+                yield f"{shard}: its checksum differs from the index"
+            yield from _problems_of_shard(shard, rows.to_pylist(), index["spec"])
     counts = index["counts"]
     if not at == clips.num_rows == counts["clips"]:
         yield (f"{index_path}: the shards have {at} clips, {CLIPS} {clips.num_rows}, the index counts "

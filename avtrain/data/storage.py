@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -62,6 +63,10 @@ class NotFetched(AvtrainError):
         return f"{self.address}: {self.reason}: {self.advice}"
 
 
+class NotThere(NotFetched):
+    """One that the store does not have, or does not let this user see."""
+
+
 class Passing(Exception):
     """What may go well at another try; `wait_s` is what the server asks for."""
 
@@ -98,6 +103,44 @@ def index_address(location: str) -> str:
         raise AvtrainError(f"{location} is no address: {error}") from error
     path = parts.path if parts.path.endswith(".json") else parts.path.rstrip("/") + "/index.json"
     return urlunsplit(parts._replace(path=path, fragment=""))
+
+
+def below(location: str, *names: str) -> str:
+    """The path or the address of a folder in a folder, with the same query."""
+    if not is_remote(location):
+        return str(Path(local_path(location), *names))
+    if not _is_http(location):
+        return "/".join([location.rstrip("/"), *names])
+    parts = urlsplit(location)
+    return urlunsplit(parts._replace(path="/".join([parts.path.rstrip("/"), *map(quote, names)])))
+
+
+def has_index(location: str) -> bool:
+    """Whether a folder of shards, of this machine or of a store, has its index; an index itself, whether it is there.
+
+    Raises:
+        AvtrainError: the store can't be asked.
+    """
+    address = index_address(location)
+    if not is_remote(location):
+        return Path(local_path(address)).is_file()
+    try:
+        patiently(address, lambda: next(blocks(address), b""))
+    except NotThere:
+        return False
+    return True
+
+
+def splits_in(location: str) -> tuple[str, str | None]:
+    """The splits to train on and to hold out, in the folder or at the address of a dataset; a split is the first one.
+
+    Raises:
+        AvtrainError: the store can't be asked.
+    """
+    if has_index(location):
+        return location, None
+    train, *others = (below(location, split) for split in ("train", "test", "val"))
+    return train if has_index(train) else location, next(filter(has_index, others), None)
 
 
 def beside(address: str, name: str) -> str:
@@ -264,9 +307,9 @@ def _ours(address: str, error: Exception) -> Exception:
         return _of_status(address, status, error)
     cause = getattr(error, "os_error", error)  # aiohttp's; its own texts repeat the address
     if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
-        return NotFetched(shown(address), "is not there", _IS_IT_THERE)
+        return NotThere(shown(address), "is not there", _IS_IT_THERE)
     if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
-        return NotFetched(shown(address), f"the store refuses it: {in_a_line(error)}", _CREDENTIALS)
+        return NotThere(shown(address), f"the store refuses it: {in_a_line(error)}", _CREDENTIALS)
     if isinstance(error, ImportError):
         return NotFetched(shown(address), in_a_line(error),
                           "for s3:// that is pip install 'avprep-avtrain[s3]'")
@@ -294,7 +337,8 @@ def _of_status(address: str, status: int, error: Exception) -> Exception:
     answer = f"the server answers {int(status)} {reason}"
     if status in _PASSING_STATUSES:
         return Passing(answer, _retry_after_s((getattr(error, "headers", None) or {}).get("Retry-After")))
-    return NotFetched(shown(address), answer, _ADVICE.get(status, _IS_IT_RIGHT))
+    kind = NotThere if status in _ADVICE else NotFetched
+    return kind(shown(address), answer, _ADVICE.get(status, _IS_IT_RIGHT))
 
 
 def _retry_after_s(value: str | None) -> float:

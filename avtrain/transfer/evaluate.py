@@ -17,6 +17,7 @@ from avtrain.config import HOW_MADE, DataConfig, config_from, config_to
 from avtrain.data.loader import MOST_UNREADABLE
 from avtrain.data.manifest import ClipRows
 from avtrain.data.shards import ShardFolder, joined, open_folder
+from avtrain.data.storage import below
 from avtrain.data.views import Views
 from avtrain.errors import AvtrainError, TaskFailed
 from avtrain.fields import kinds_of
@@ -71,7 +72,7 @@ class Evaluated(NamedTuple):
     before: bool
 
 
-def evaluate_task(source: Start, trial: Trial, splits: list[str], root: Path, out: Path, cache: Path,
+def evaluate_task(source: Start, trial: Trial, splits: list[str], root: str, out: Path, cache: Path,
                   runtime: Runtime, force: bool = False, wandb: str | None = None) -> Evaluated:
     """Transfer to the splits of a task, one after the other; what is done in `out` is not done again. Several processes
     share networks and clips; the first one writes, and fits what goes on frozen features.
@@ -80,7 +81,7 @@ def evaluate_task(source: Start, trial: Trial, splits: list[str], root: Path, ou
         source: what is transferred; it is not changed.
         trial: how.
         splits: keys of the task's splits.
-        root: folder that holds the shards of datasets.
+        root: folder that holds the shards of datasets, or its address.
         out: folder of the results.
         cache: folder of frozen features.
         runtime: device and precision.
@@ -103,7 +104,7 @@ def evaluate_task(source: Start, trial: Trial, splits: list[str], root: Path, ou
         _check_folder(out, trial, settings)
 
     ranks.by_first(begin)
-    opened = {part: open_folder(str(root / task.dataset / part))
+    opened = {part: open_folder(below(root, task.dataset, part))
               for part in dict.fromkeys(part for split in splits for parts in task.splits[split] for part in parts)}
     outcomes = {split: _one_split(source, trial, split, opened, out / f"split-{split}", cache, runtime, wandb)
                 for split in splits}

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import numpy as np
 
 from avtrain.data.manifest import ClipRows, video_of
 from avtrain.data.shards import ShardFolder
+from avtrain.data.storage import below, has_index, index_address, shown
 from avtrain.errors import AvtrainError
 from avtrain.transfer.tasks import TASKS
 
 
-def present_tasks(root: Path) -> dict[str, list[str]]:
+def present_tasks(root: str) -> dict[str, list[str]]:
     """Tasks with the splits whose shards are complete below `root`; of folder's, test or val, whichever there is."""
     found = {}
     for name, task in TASKS.items():
         splits = [split for split, (train, test) in task.splits.items()
-                  if all((root / task.dataset / part / "index.json").is_file() for part in (*train, *test))]
+                  if all(has_index(below(root, task.dataset, part)) for part in (*train, *test))]
         if splits:
             found[name] = splits if name != "folder" else splits[:1]
     return found
 
 
-def splits_of(name: str, wanted: str, root: Path) -> list[str]:
+def splits_of(name: str, wanted: str, root: str) -> list[str]:
     """The splits that "all" or a number stands for.
 
     Raises:
@@ -38,10 +38,11 @@ def splits_of(name: str, wanted: str, root: Path) -> list[str]:
         splits = present_tasks(root).get(name, splits[:1])
     for split in splits:
         for part in (part for parts in task.splits[split] for part in parts):
-            index = root / task.dataset / part / "index.json"
-            if not index.is_file():
-                raise AvtrainError(f"no {index}: make it with `avprep build --dataset {task.dataset} --split {part}`, "
-                                   "or name the folder that holds the shards with --shards")
+            folder = below(root, task.dataset, part)
+            if not has_index(folder):
+                raise AvtrainError(f"no {shown(index_address(folder))}: make it with `avprep build --dataset "
+                                   f"{task.dataset} --split {part}`, or name the folder that holds the shards with "
+                                   "--shards")
     return splits
 
 
@@ -57,7 +58,7 @@ def usable_clips(folder: ShardFolder, modality: str, part: str) -> ClipRows:
     Raises:
         AvtrainError: there is not one with a label, or with the modality.
     """
-    where = ", ".join(folder.locations)
+    where = ", ".join(map(shown, folder.locations))
     labelled = folder.rows.have_label()
     if not labelled.any():
         raise AvtrainError(f"{where}: not one {part} clip has a label")

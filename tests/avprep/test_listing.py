@@ -6,6 +6,7 @@ import pytest
 
 from avprep.datasets import DATASETS, list_split
 from avprep.datasets.files import is_media
+from avprep.datasets.tables import read_csv
 
 KINETICS = "label,youtube_id,time_start,time_end,split\n"
 AUDIOSET_CLASSES = 'index,mid,display_name\n0,/m/1,"Speech"\n1,/m/2,"Male speech, man"\n'
@@ -96,6 +97,17 @@ def _lists_with_an_entry_twice(put):
     put("id,actions\nAAAAA,c0 0 1\nAAAAA,c0 0 1\n", "Charades/Charades_v1_train.csv")
     put("", "Charades_v1_480/AAAAA.mp4")
     yield "charades", "train"
+
+
+def test_a_comma_at_the_end_of_a_row_does_no_harm_and_another_value_does(tmp_path):
+    for header, row, values in (("file,class", "a,b,", ("a", "b")), ("file,class,", " a ,b,", ("a", "b")),
+                                ("class,file", "b,a,,", ("a", "b")), ("file,class", "a,b,c", None),
+                                ("file,more,class", "a,,", ("a", "")), ("file,class", "a", None)):
+        (tmp_path / "list.csv").write_text(f"{header}\n{row}\n")
+        problems = []
+        assert [found.values for found in read_csv(tmp_path / "list.csv", ("file", "class"), problems)] == (
+            [values] if values else [])
+        assert len(problems) == (not values)
 
 
 def test_what_is_listed_twice_is_taken_once(put, tmp_path):

@@ -70,7 +70,7 @@ def _said(text):
     return [line for line in text.splitlines() if not line.startswith("  ") or "clips," in line]
 
 
-def test_from_s3_to_s3_and_again(bucket, raw, built, avprep, tmp_path):
+def test_from_s3_to_s3_and_again(bucket, raw, built, avprep, monkeypatch, tmp_path):
     files, said = built
     _put(bucket, raw, "bucket/raw")
     command = ("build", *OPTIONS, "--raw", "s3://bucket/raw", "--out", "s3://bucket/shards")
@@ -83,6 +83,38 @@ def test_from_s3_to_s3_and_again(bucket, raw, built, avprep, tmp_path):
     assert "all shards were there already" in again.stdout
     assert {path: info["LastModified"] for path, info in bucket.find("bucket/shards", detail=True).items()} == before
     assert not [path for path in before if "lease" in path or path.endswith((".part", "/lock"))]
+    folder = raw.parent / "here"
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    for command in (("info",), ("info", "--json"), ("verify",), ("verify", "--against", raw)):
+        there, here = (avprep(command[0], place, *command[1:]) for place in ("s3://bucket/shards/", folder))
+        assert there.returncode == here.returncode == 0, there.stderr
+        assert there.stdout == here.stdout.replace(str(folder), "s3://bucket/shards")
+    pictures = [tmp_path / "there.png", tmp_path / "here.png"]
+    for place, picture in zip(("s3://bucket/shards/folder/train/index.json", folder), pictures, strict=True):
+        assert avprep("preview", place, "-o", picture, "--clips", 3).stdout.startswith("3 clips drawn")
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+@pytest.mark.slow
+def test_what_is_wrong_with_shards_in_a_store_is_said_of_the_store(bucket, raw, built, avprep):
+    _put(bucket, raw.parent / "here", "bucket/shards")
+    place = "bucket/shards/folder/train"
+    first, second, *_ = sorted(name for name in built[0] if name.endswith(".tar"))
+    bucket.rm_file(f"{place}/{first}")
+    bucket.pipe_file(f"{place}/{second}", built[0][second][:-600] + b"!" + built[0][second][-599:])
+    done = avprep("verify", "s3://bucket/shards")
+    assert done.returncode == 1 and f"s3://{place}/{first}: missing" in done.stdout
+    assert f"s3://{place}/{second}: its checksum differs from the index" in done.stdout
+    bucket.rm_file(f"{place}/clips.parquet")
+    for command, address, message in (
+            ("info", "s3://bucket/shards", f"s3://{place}/clips.parquet can't be read"),
+            ("preview", "s3://bucket/nothing", "no files at s3://bucket/nothing: is the address right?"),
+            ("verify", "nostore://x", "Protocol not known: nostore"),
+            ("verify", "s3://bucket/shards/folder/train/failures.jsonl", "is the address right?")):
+        done = avprep(command, address)
+        assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_what_is_gone_or_changed_in_the_store_is_made_anew_and_only_that(bucket, raw, built, avprep):

@@ -23,8 +23,9 @@ from avprep.errors import AvprepError
 from avprep.inspect.against.compare import picture_problems, sound_problems
 from avprep.inspect.against.source import Around, decoded
 from avprep.manifest import places_of, read_clips
+from avprep.mirror import Shards
 from avprep.progress import progress
-from avprep.shards import read_at, read_index
+from avprep.shards import read_index
 from avprep.spec import ClipSpec
 
 
@@ -38,16 +39,18 @@ class StoredClip:
     start_s: float
     spec: ClipSpec
     members: dict[str, tuple[int, int]]
+    shards: Shards
 
     def member(self, ending: str) -> bytes:
         """The bytes of a member; none if it is absent."""
-        return read_at(self.shard, *self.members[ending]) if ending in self.members else b""
+        return self.shards.read_at(self.shard, *self.members[ending]) if ending in self.members else b""
 
 
-def sample(index_path: Path, count: int) -> list[StoredClip]:
+def sample(index_path: Path, count: int, shards: Shards | None = None) -> list[StoredClip]:
     """Clips spread evenly over the rows of an index, the same ones every time; all if `count` is 0.
 
-    Clips of shards that are missing or not of their size are passed over: `verify` names them.
+    Clips of shards that are missing or not of their size are passed over: `verify` names them. `shards`: that the index
+    is one of, where they are not all on this machine.
     """
     index, folder = read_index(index_path), index_path.parent
     spec = ClipSpec(**{known.name: index["spec"][known.name] for known in fields(ClipSpec)})
@@ -55,8 +58,8 @@ def sample(index_path: Path, count: int) -> list[StoredClip]:
     count = min(count or clips.num_rows, clips.num_rows)
     rows = clips.take([int((number + 0.5) * clips.num_rows / count) for number in range(count)]).to_pylist()
     whole = {entry["url"] for entry in index["shardlist"] if _is_whole(folder / entry["url"], entry["filesize"])}
-    return [StoredClip(folder / row["shard"], row["key"], row["source"], row["start_s"], spec, places_of(row))
-            for row in rows if row["shard"] in whole]
+    return [StoredClip(folder / row["shard"], row["key"], row["source"], row["start_s"], spec, places_of(row),
+                       shards or Shards(folder)) for row in rows if row["shard"] in whole]
 
 
 def _is_whole(shard: Path, size: int) -> bool:
