@@ -80,10 +80,10 @@ ablations: $(READY)  ## pretrain on the demo over fusion, negatives, sharing: a 
 	$(BIN)/avprep build --dataset demo --split all --out $(SHARDS) --workers $(WORKERS)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.ablations --shards $(SHARDS)/demo
 
-audit: $(READY)  ## look for published faults in all installed packages, and none passed over (asks pypi.org)
+audit: $(READY)  ## look for published faults in all installed packages, and none passed over (asks the public database)
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' > $(VENV)/audited.txt
 	$(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r $(VENV)/audited.txt || { \
-	  echo "not clean: what is listed above has faults, or was not audited (no answer from pypi.org, or unknown there)"; \
+	  echo "not clean: what is listed above has faults, or was not audited (no answer from the database, or unknown there)"; \
 	  exit 1; }
 
 clean:  ## remove .venv and caches (shards and data stay)
