@@ -60,7 +60,9 @@ def reference_folder(request: pytest.FixtureRequest) -> Path:
     return folder / "reference"
 
 
-@pytest.fixture(scope="module", params=["made", "real"])
+# What stands in for the real media is tried by `make test` where they aren't there.
+@pytest.fixture(scope="module", params=[
+    pytest.param("made", marks=[pytest.mark.slow] if (SHARED / "media").is_dir() else []), "real"])
 def media(request: pytest.FixtureRequest, ffmpeg: Callable[..., None], made_once: Callable[..., Path]) -> Path:
     """Videos and recordings of many kinds: made ones, and the real ones where they are."""
     if request.param == "real":

@@ -177,6 +177,7 @@ def test_messages_in_troubleshooting_are_those_of_the_code():
     assert [piece for piece in pieces if len(piece) > 10 and piece not in source] == []
 
 
+@pytest.mark.slow
 def test_commands_of_stores_run_as_written(avprep, small_demo, bucket, tmp_path, monkeypatch):
     from avtrain.cli import main as avtrain_main
 

@@ -14,16 +14,19 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.sharedctypes import RawArray
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -160,6 +163,13 @@ def begin(worker: int) -> None:
     torch.set_num_threads(1)
     # A worker that is told to end unwinds first: an unfinished download leaves nothing behind.
     listening(_unwind)
+    sys.excepthook = _quiet
+
+
+def _quiet(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Of the thread that hands batches over: that nobody takes them any more is for the main process to say."""
+    if not isinstance(error, OSError | EOFError | AuthenticationError):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _unwind(number: int, frame: object) -> None:
@@ -334,9 +344,11 @@ def _started(loader: DataLoader[Any]) -> Any:
     """The loader's iterator. Where a worker ends too early is found out when its batch is awaited, within 5 seconds.
 
     torch's own handler of SIGCHLD would raise wherever the main thread is at that moment, in the middle of a step or of
-    writing a checkpoint.
+    writing a checkpoint. Another loader in this process may have left it behind.
     """
     handler = signal.getsignal(signal.SIGCHLD)
+    if getattr(handler, "__module__", "").startswith("torch."):
+        handler = signal.SIG_DFL
     with forking():
         supply = iter(loader)
     if threading.current_thread() is threading.main_thread():

@@ -111,6 +111,7 @@ def test_builds_where_no_ffmpeg_is_installed(small_demo, avprep_process, tmp_pat
     assert done.returncode == 0 and "1 files found = 1 written" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_commands_end_well_every_time(avprep_process, demo_shards):
     """A thread of pyarrow's that still ran at the end would abort the process, now and then."""
     codes = [avprep_process("info", demo_shards).returncode for _ in range(12)]

@@ -323,7 +323,8 @@ def test_names_that_no_file_can_have_are_in_the_account(bucket, raw, avprep):
     assert done.returncode == 0 and "3 (3 a name that no file can have) skipped" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_build_that_is_ended_is_gone_on_with(bucket, raw, built, avprep, monkeypatch, tmp_path, how):
     files, _ = built
     command = ["build", *map(str, OPTIONS), "--raw", str(raw), "--out", "s3://bucket/shards", "--workers", "1"]

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from unittest import mock
 
 from small_eval import invoke
 
@@ -20,9 +22,12 @@ def command(shards, out, *more):
             "cpu", *settings, *map(str, more)]
 
 
-def pretrained(*arguments):
-    """In this process, where everything is loaded already."""
-    return invoke(*command(*arguments)[3:])  # what comes after "python -m avtrain.cli"
+def pretrained(*arguments, drawn=False):
+    """In this process, where everything is loaded already. Curves, which take as long as some steps, only if `drawn`.
+    """
+    undrawn = mock.patch("avtrain.pretraining.report.picture_of", lambda lines: b"")
+    with nullcontext() if drawn else undrawn:
+        return invoke(*command(*arguments)[3:])  # what comes after "python -m avtrain.cli"
 
 
 def started(*arguments):

@@ -105,6 +105,7 @@ def test_params_options() -> None:
 
 
 @pytest.mark.seconds
+@pytest.mark.slow
 def test_export_equals_eager(checkpoint: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["export", str(checkpoint), "-o", str(tmp_path / "model.pt2")])
     assert result.exit_code == 0, result.output

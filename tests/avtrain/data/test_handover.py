@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from small_eval import NETWORK, invoke, settings
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from avtrain.config import read_config
 from avtrain.data import handover
@@ -112,7 +112,8 @@ except AvtrainError as error:
     assert "--shm-size" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["pretrain", "eval", "embed"])
+@pytest.mark.parametrize("command", ["pretrain", *(pytest.param(name, marks=pytest.mark.slow)
+                                                   for name in ("eval", "embed"))])
 def test_every_command_looks_for_room_before_it_starts(demo_shards, checkpoint, tmp_path, command):
     options = {
         "pretrain": ["--shards", str(demo_shards), "--preset", "tiny", "--out", str(tmp_path / "run")],
@@ -144,6 +145,24 @@ def test_a_worker_that_ends_or_hangs_is_replaced_at_the_same_place(tmp_path, cap
     [said] = caplog.messages
     assert re.fullmatch("a worker (was killed.*|has made no batch .*); workers are started again at clip 2", said)
     assert not multiprocessing.active_children()
+
+
+def test_a_lost_worker_is_replaced_where_another_loader_was_used_before(tmp_path):
+    """torch's own handler of SIGCHLD stays behind after it, and raises in the middle of anything."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    assert len(list(DataLoader(_Numbers(), num_workers=1))) == 3
+    made = _Made(befalls=_once(tmp_path / "befallen", lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    assert _keys(made, 9) == list("012345678")
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+    signal.signal(signal.SIGCHLD, handler)
+
+
+class _Numbers(Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, number):
+        return number
 
 
 def test_one_that_hangs_for_the_second_time_is_an_error_that_names_the_clip():

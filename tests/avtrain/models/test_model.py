@@ -228,7 +228,8 @@ def test_attention_under_autocast_is_the_formulas(present: str) -> None:
 @pytest.mark.seconds
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, from inside its compiler
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_encoder_equals_eager(backend: str) -> None:
     # In float64: the compiler adds in another order, which float32 shows where gradients of 40 leave one of 0.01.
     encoder = small(dropout=0.0).encoder.double()

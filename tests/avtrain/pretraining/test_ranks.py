@@ -4,7 +4,8 @@ import shutil
 import tarfile
 
 import pytest
-from many_processes import agree, losses, run
+from forked import forked
+from many_processes import agree, arguments, losses, run
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +34,18 @@ def alone(all_kinds, tmp_path_factory):
     return out
 
 
-def test_two_processes_are_one_run(all_kinds, alone, tmp_path):
+def test_two_processes_are_one_run(all_kinds, tmp_path):
+    one, two = forked(*((ranks, arguments(all_kinds, tmp_path / str(ranks))[1:]) for ranks in (1, 2)))
+    assert (one[0], two[0]) == ([0], [0, 0]), (one, two)
+    agree(losses(tmp_path / "1"), losses(tmp_path / "2"), 1e-8)
+    assert two[1].count("step 8 of 8") == 1  # one of them speaks
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_are_one_run(all_kinds, alone, tmp_path):
     code, printed = run(all_kinds, tmp_path / "two", 2)
     assert code == 0, printed
     agree(losses(alone), losses(tmp_path / "two"), 1e-8)
-    assert printed.count("step 8 of 8") == 1  # one of them speaks
 
 
 STEPS = ["--set", "training.steps=50", "--set", "training.save_every=50", "--set", "training.evaluate_every=50"]
