@@ -29,10 +29,10 @@ $(READY): pyproject.toml constraints.txt
 check: lint  ## ruff, mypy, and the fast tests (under a minute on 2 cores)
 	$(BIN)/python -m pytest -m fast --numprocesses 2 --dist loadfile --quiet
 
-test: $(READY)  ## run the tests (6 minutes on 2 cores)
+test: $(READY)  ## run the tests (5 minutes on 2 cores)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: $(READY)  ## run the tests that take minutes
+test-slow: $(READY)  ## run the tests that take minutes (an hour)
 	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)  ## ruff and mypy
