@@ -6,8 +6,11 @@ import io
 import json
 import math
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,21 +34,43 @@ _DEMO_VIDEOS = {"train": 300, "test": 100}
 _CONTEXT = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "AVPREP", "show_default": True}
 
 
+class _Ended(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@contextmanager
+def _ends_as_by_ctrl_c() -> Iterator[None]:
+    """What `kill` and schedulers send ends a command as Ctrl-C does; a second time, at once."""
+    def end(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise _Ended
+
+    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class _Commands(click.Group):
     """Turns what is meant for people into one line and an exit code."""
 
     def invoke(self, context: click.Context) -> Any:
         try:
-            return super().invoke(context)
+            with _ends_as_by_ctrl_c():
+                return super().invoke(context)
         except AvprepError as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:
             if isinstance(error, BrokenPipeError):
                 raise
             raise click.ClickException(f"{error.filename or 'system'}: {error.strerror or error}") from error
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             click.echo("\ninterrupted: finished shards stay; run the same command again to go on", err=True)
-            raise click.exceptions.Exit(130) from None
+            raise click.exceptions.Exit(143 if isinstance(interrupt, _Ended) else 130) from None
 
 
 @click.group(cls=_Commands, context_settings=_CONTEXT)

@@ -11,6 +11,7 @@ import shlex
 import tarfile
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -123,29 +124,35 @@ def bring_whole(source: Path, target: Path, sha256: str) -> None:
     """
     if target.exists() and target.samefile(source):
         return
-    part = _part_of(target)
-    try:
-        part.hardlink_to(source)
-    except OSError:  # another file system, or one without links
-        copy = _HashingFile(part)
-        with source.open("rb") as file:
-            while block := file.read(1 << 20):
-                copy.write(block)
-        if copy.finish()[1] != sha256:
-            part.unlink()
-            raise AvprepError(f"{source} is damaged (checksum): build its part again with --force") from None
-    os.replace(part, target)
-    _sync_folder(target.parent)
+    with _becoming(target, _part_of(target)) as part:
+        try:
+            part.hardlink_to(source)
+        except OSError:  # another file system, or one without links
+            copy = _HashingFile(part)
+            with source.open("rb") as file:
+                while block := file.read(1 << 20):
+                    copy.write(block)
+            if copy.finish()[1] != sha256:
+                raise AvprepError(f"{source} is damaged (checksum): build its part again with --force") from None
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    with _becoming(path, path.with_name(path.name + ".part")) as part, part.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(part, path)
+
+
+@contextmanager
+def _becoming(path: Path, part: Path) -> Iterator[Path]:
+    """The part takes the place of the file if the block ends well; else, also where it is interrupted, it vanishes."""
+    try:
+        yield part
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
 
 

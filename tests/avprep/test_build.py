@@ -186,7 +186,9 @@ def test_killed_at_random_moments(brief, avprep, undisturbed, tmp_path):
     assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("scratch/*"))
 
 
-def test_ctrl_c_exits_with_130_and_loses_nothing(brief, avprep, undisturbed, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [
+    (signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
+def test_who_is_told_to_end_says_so_and_loses_nothing(brief, avprep, undisturbed, tmp_path, number, code):
     # Tests that run as a shell's background job ignore Ctrl-C, and what they start inherits that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
@@ -194,11 +196,12 @@ def test_ctrl_c_exits_with_130_and_loses_nothing(brief, avprep, undisturbed, tmp
          str(tmp_path), "--shard-mb", str(SHARD_MB), "--workers", "1"], stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.rglob(".build/train-*.json")) and time.monotonic() < deadline:
+    while not list((tmp_path / "demo/train/.build").glob("train-*.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, printed = process.communicate(timeout=30)
-    assert process.returncode == 130, printed
+    assert process.returncode == code, printed
+    assert not list(tmp_path.rglob("*.part"))
     assert "run the same command again" in printed and "Traceback" not in printed
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")
                 if (path.parent / ".build" / f"{path.stem}.json").exists()}  # written after the tar
