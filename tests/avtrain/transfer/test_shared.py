@@ -99,8 +99,8 @@ def test_sequences_of_all_kinds_are_finetuned_as_by_one_process(tree, tmp_path):
     found = forked(tune(1, "one"), tune(4, "four"), (*tune(1, "lost1"), lost), (*tune(4, "lost4"), lost))
     assert [set(codes) for codes, _ in found] == [{0}] * 4, "\n".join(printed for _, printed in found)
     for one, other in (("one", "four"), ("lost1", "lost4")):
-        lines = [[json.loads(line)["loss"] for line in (tmp_path / name / "split-1" / "metrics.jsonl").open()]
-                 for name in (one, other)]
+        logs = [(tmp_path / name / "split-1" / "metrics.jsonl").read_text() for name in (one, other)]
+        lines = [[json.loads(line)["loss"] for line in log.splitlines()] for log in logs]
         assert len(lines[0]) > 3 and lines[0] == pytest.approx(lines[1], rel=1e-8)
         predictions_agree(predictions_of(tmp_path / one), predictions_of(tmp_path / other))
 
