@@ -137,6 +137,7 @@ def _once(path, befall):
     return befalls
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("befall", [lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: time.sleep(600)])
 def test_a_worker_that_ends_or_hangs_is_replaced_at_the_same_place(tmp_path, caplog, befall, workers):
@@ -165,6 +166,7 @@ class _Numbers(Dataset):
         return number
 
 
+@pytest.mark.seconds
 def test_one_that_hangs_for_the_second_time_is_an_error_that_names_the_clip():
     with pytest.raises(handover.LostTwice, match=r"no batch for 2 s .* second time, while it made clip 2"):
         _keys(_Made(befalls=lambda: time.sleep(600), timeout_s=1.5))
@@ -291,6 +293,7 @@ def test_no_process_is_left():
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("end", ["the fetcher", pytest.param("the workers", marks=pytest.mark.slow)])
 def test_who_is_ended_while_it_begins_ends_and_is_no_copy_of_this_process(tmp_path, end):
     """The handlers of signals that a run has are in place when its processes are forked."""
