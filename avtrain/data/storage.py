@@ -64,7 +64,7 @@ class NotFetched(AvtrainError):
 
 
 class NotThere(NotFetched):
-    """One that the store does not have, or does not let this user see."""
+    """One that the store does not have, or does not let this user see: stores answer alike where they may not tell."""
 
 
 class Passing(Exception):
@@ -309,7 +309,8 @@ def _ours(address: str, error: Exception) -> Exception:
     if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
         return NotThere(shown(address), "is not there", _IS_IT_THERE)
     if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
-        return NotThere(shown(address), f"the store refuses it: {in_a_line(error)}", _CREDENTIALS)
+        kind = NotThere if isinstance(error, PermissionError) else NotFetched
+        return kind(shown(address), f"the store refuses it: {in_a_line(error)}", _CREDENTIALS)
     if isinstance(error, ImportError):
         return NotFetched(shown(address), in_a_line(error),
                           "for s3:// that is pip install 'avprep-avtrain[s3]'")
@@ -337,7 +338,7 @@ def _of_status(address: str, status: int, error: Exception) -> Exception:
     answer = f"the server answers {int(status)} {reason}"
     if status in _PASSING_STATUSES:
         return Passing(answer, _retry_after_s((getattr(error, "headers", None) or {}).get("Retry-After")))
-    kind = NotThere if status in _ADVICE else NotFetched
+    kind = NotThere if status in (HTTPStatus.NOT_FOUND, HTTPStatus.FORBIDDEN) else NotFetched
     return kind(shown(address), answer, _ADVICE.get(status, _IS_IT_RIGHT))
 
 

@@ -18,7 +18,7 @@ from avtrain.data import storage as module
 from avtrain.data.cache import kept
 from avtrain.data.handover import begin
 from avtrain.data.shards import ShardReader, open_folders
-from avtrain.data.storage import beside, fetch_json, index_address, shown
+from avtrain.data.storage import beside, fetch_json, has_index, index_address, shown
 from avtrain.errors import AvtrainError
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
@@ -244,6 +244,17 @@ def test_a_folder_behind_a_token(remote, demo_shards):
     with pytest.raises(AvtrainError, match="403") as caught:
         ShardReader(folder).read(4, 0)
     assert "secret" not in str(caught.value)
+
+
+def test_what_wants_credentials_is_not_taken_for_absent(remote):
+    server, location = remote
+    assert has_index(location)
+    for status in (404, 403):
+        server.faults += [status]
+        assert not has_index(location)
+    server.faults += [401]
+    with pytest.raises(AvtrainError, match="it wants credentials"):
+        has_index(location)
 
 
 def test_the_manifest_comes_over_http_like_the_index(demo_shards, serve):
